@@ -1,0 +1,175 @@
+"""Batch types. All are frozen pytrees with `.replace` and `.validate()`.
+
+Letters: B rows, T slots, D width, R rotary axes, K answers in a row, N pairs in a row,
+S denoising steps. A *row* is a packed sequence: it may hold several prompts, and several
+answers to each. Attention inside a row is decided by `segments` and `trunk` alone.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array | np.ndarray
+PyTree = Any
+
+
+@struct.dataclass
+class Media:
+    """Images or audio of the rows they travel with.
+
+    Attributes:
+      patches: Features of patches or audio frames, float[B, P, ...].
+      segments: Which media item a patch belongs to, int32[B, P]; 0 = padding.
+      slot: Index into P of the patch that a token slot stands for, int32[B, T]; -1 = none.
+    """
+
+    patches: Array
+    segments: Int[Array, "B P"]
+    slot: Int[Array, "B T"]
+
+
+@struct.dataclass
+class Rows:
+    """Packed token rows.
+
+    Attributes:
+      tokens: Token ids, int32[B, T].
+      mask: True where a slot holds a token, bool[B, T].
+      loss_mask: True where a token is supervised (answer tokens and their EOS), bool[B, T].
+      positions: Rotary positions, int32[B, T, R]; R = 1, or 3 for M-RoPE.
+      segments: Segment id of a slot, int32[B, T]; 0 = padding. A token attends inside its segment.
+      trunk: Segment this token may also attend to (its shared prompt), int32[B, T]; 0 = none.
+      media: Row-local media or None.
+      features: Inputs of the first trained layer, float[B, T, D], computed once by the frozen
+        layers below it; None when the whole model runs.
+    """
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+    positions: Int[Array, "B T R"]
+    segments: Int[Array, "B T"]
+    trunk: Int[Array, "B T"]
+    media: Media | None = None
+    features: Float[Array, "B T D"] | None = None
+
+    def validate(self):
+        """Checks shapes and dtypes, and values when they are concrete. Returns self.
+
+        Raises:
+          ValueError: naming the field, what it must be and what it is.
+        """
+        _rows(self)
+        return self
+
+
+@struct.dataclass
+class PairRows(Rows):
+    """Rows whose answers are compared in pairs.
+
+    Also serves sets of more than two answers: any pairs over the K answers of a row.
+
+    Attributes:
+      ends: Slot of the last token of each answer, int32[B, K]; -1 = no such answer.
+      pairs: (chosen, rejected) as indices into K, int32[B, N, 2]; -1, -1 = no such pair.
+      margin: Margin demanded of a pair, float32[B, N].
+      weight: Weight of a pair, float32[B, N]; 0 where there is no pair.
+    """
+
+    ends: Int[Array, "B K"] = None
+    pairs: Int[Array, "B N 2"] = None
+    margin: Float[Array, "B N"] = None
+    weight: Float[Array, "B N"] = None
+
+    def validate(self):
+        """As `Rows.validate`, and that ends and pairs point at something real."""
+        _rows(self)
+        B, T = self.tokens.shape
+        for name, rank in (("ends", 2), ("pairs", 3), ("margin", 2), ("weight", 2)):
+            value = getattr(self, name)
+            if value is None or value.ndim != rank or value.shape[0] != B:
+                raise ValueError(
+                    f"PairRows.{name} must have {rank} dimensions and {B} rows; "
+                    f"received {None if value is None else value.shape}"
+                )
+        if self.margin.shape != self.pairs.shape[:2] or self.weight.shape != self.pairs.shape[:2]:
+            raise ValueError(
+                f"PairRows.margin {self.margin.shape} and weight {self.weight.shape} must have "
+                f"the shape of pairs without its last axis, {self.pairs.shape[:2]}"
+            )
+        if not _concrete(self.ends, self.pairs, self.weight):
+            return self
+        ends, pairs, weight = (np.asarray(x) for x in (self.ends, self.pairs, self.weight))
+        K = ends.shape[1]
+        if (ends >= T).any() or (ends < -1).any():
+            raise ValueError(f"PairRows.ends must lie in -1..{T - 1}; received {ends.max()}")
+        if (pairs >= K).any() or (pairs < -1).any():
+            raise ValueError(f"PairRows.pairs must lie in -1..{K - 1}; received {pairs.max()}")
+        live = weight != 0
+        picked = np.take_along_axis(ends[:, None, :], np.maximum(pairs, 0), axis=2)
+        if (live[..., None] & ((pairs < 0) | (picked < 0))).any():
+            raise ValueError(
+                "PairRows.weight is non-zero for a pair that names a missing answer; "
+                "give absent pairs weight 0"
+            )
+        return self
+
+
+def _concrete(*arrays):
+    return not any(isinstance(a, jax.core.Tracer | jax.ShapeDtypeStruct) for a in arrays)
+
+
+def _rows(rows):
+    B, T = rows.tokens.shape
+    want = {
+        "tokens": ((B, T), np.integer),
+        "mask": ((B, T), np.bool_),
+        "loss_mask": ((B, T), np.bool_),
+        "segments": ((B, T), np.integer),
+        "trunk": ((B, T), np.integer),
+    }
+    for name, (shape, kind) in want.items():
+        value = getattr(rows, name)
+        if value.shape != shape or not np.issubdtype(value.dtype, kind):
+            raise ValueError(
+                f"Rows.{name} must be {kind.__name__}{list(shape)}; "
+                f"received {value.dtype}{list(value.shape)}"
+            )
+    if rows.positions.ndim != 3 or rows.positions.shape[:2] != (B, T):
+        raise ValueError(
+            f"Rows.positions must be [{B}, {T}, R] with R = 1 or 3; "
+            f"received {list(rows.positions.shape)}"
+        )
+    if rows.features is not None and rows.features.shape[:2] != (B, T):
+        raise ValueError(
+            f"Rows.features must be [{B}, {T}, D]; received {list(rows.features.shape)}"
+        )
+    if not _concrete(rows.mask, rows.segments, rows.loss_mask):
+        return
+    mask, segments = np.asarray(rows.mask), np.asarray(rows.segments)
+    if ((segments != 0) != mask).any():
+        raise ValueError("Rows.segments must be 0 exactly where Rows.mask is False")
+    if (np.asarray(rows.loss_mask) & ~mask).any():
+        raise ValueError("Rows.loss_mask is True on padding; supervise real tokens only")
+
+
+@struct.dataclass
+class TrainState:
+    """What a training step updates and a checkpoint holds.
+
+    Attributes:
+      step: Steps taken, int32[].
+      params: What the optimizer updates: full weights, top layers, or adapters.
+      opt_state: State of the optax chain.
+      extra: Averages and other non-gradient state (EMA, queues); {} when unused.
+      key: Typed PRNG key. Never changes: the step folds `step` into it.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    extra: PyTree
+    key: PyTree

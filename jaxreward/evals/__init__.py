@@ -1,0 +1,1 @@
+"""Layer 4: evaluators. Each yields (name, value) pairs."""

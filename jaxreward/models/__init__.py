@@ -1,0 +1,1 @@
+"""Layer 2: models as free functions over nested dicts of arrays."""

@@ -1,0 +1,1 @@
+"""Layer 2: functions that turn answers into numbers."""

@@ -1,0 +1,1 @@
+"""Layer 3: loops around models that produce answers."""

@@ -1,0 +1,1 @@
+"""Layer 4: state, optimizer, step, checkpoints and the loop."""

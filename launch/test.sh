@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Makes .venv, installs the test tools and runs the default tier of tests.
+#
+#   bash launch/test.sh              the default tier (at most 15 minutes on two cores)
+#   bash launch/test.sh -m slow      the slow tier; further arguments go to pytest
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh" test,parity,real
+exec python -m pytest "$@"

@@ -1,0 +1,89 @@
+"""Metric accumulators as pytrees: added up on the device over microbatches and steps, read once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+
+@struct.dataclass
+class Mean:
+    """A weighted mean kept as its two sums, so that adding accumulators is exact."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+    @classmethod
+    def of(cls, values: Float[Array, "..."], weights: Float[Array, "..."]):
+        """Sums of values * weights and of weights, float32. A weight of 0 hides even a NaN."""
+        weights = jnp.broadcast_to(weights, values.shape).astype(jnp.float32)
+        values = jnp.where(weights != 0, values.astype(jnp.float32), 0.0)
+        return cls(jnp.sum(values * weights), jnp.sum(weights))
+
+    def add(self, other):
+        """The accumulator of both."""
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def result(self) -> float:
+        """The mean as a Python float; NaN when nothing was counted."""
+        weight = float(self.weight)
+        return float(self.total) / weight if weight else float("nan")
+
+
+@struct.dataclass
+class Max:
+    """The largest value seen."""
+
+    value: Float[Array, ""]
+
+    def add(self, other):
+        """The accumulator of both."""
+        return Max(jnp.maximum(self.value, other.value))
+
+    def result(self) -> float:
+        """The maximum as a Python float."""
+        return float(self.value)
+
+
+@struct.dataclass
+class Last:
+    """The most recent value, for quantities such as the learning rate."""
+
+    value: Float[Array, ""]
+
+    def add(self, other):
+        """The later of the two."""
+        return other
+
+    def result(self) -> float:
+        """The value as a Python float."""
+        return float(self.value)
+
+
+def _is_metric(x):
+    return isinstance(x, Mean | Max | Last)
+
+
+def add(a, b):
+    """Adds two equal trees of accumulators."""
+    return jax.tree.map(lambda x, y: x.add(y), a, b, is_leaf=_is_metric)
+
+
+def over_axis(stacked):
+    """Accumulators stacked on a leading axis (the output of a scan), added up."""
+
+    def one(m):
+        if isinstance(m, Mean):
+            return Mean(jnp.sum(m.total, axis=0), jnp.sum(m.weight, axis=0))
+        if isinstance(m, Max):
+            return Max(jnp.max(m.value, axis=0))
+        return Last(m.value[-1])
+
+    return jax.tree.map(one, stacked, is_leaf=_is_metric)
+
+
+def results(tree) -> dict[str, float]:
+    """{name: float} of a dict of accumulators, with one transfer from the device."""
+    host = jax.tree.map(np.asarray, jax.device_get(tree))
+    return {name: metric.result() for name, metric in host.items()}

@@ -1,0 +1,126 @@
+"""Logical axes to mesh axes, in two layouts: how weights are stored, and how they are used.
+
+Models name logical axes only; this table is the one place that knows the mesh. `rules=None`
+anywhere in the library means "no mesh": every function here then returns its input.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+log = logging.getLogger(__name__)
+
+# logical axis -> mesh axes (storage, compute)
+TABLE: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "batch": (("data", "fsdp"), ("data", "fsdp")),
+    "length": ((), ("context",)),
+    "embed": (("fsdp",), ()),
+    "heads": (("tensor",), ("tensor",)),
+    "kv_heads": (("tensor",), ("tensor",)),
+    "mlp": (("tensor",), ("tensor",)),
+    "vocab": (("tensor",), ("tensor",)),
+    "lookup": (("tensor",), ()),  # the vocabulary axis of an embedding table while it is read
+    "head_dim": ((), ()),
+    "rank": ((), ()),
+    "layers": ((), ()),
+    "act_embed": ((), ()),
+    "scores": ((), ()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A mesh and the table that maps logical axes onto it."""
+
+    mesh: jax.sharding.Mesh
+    table: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = dataclasses.field(
+        default_factory=lambda: TABLE, hash=False
+    )
+
+    def spec(self, axes, shape, *, layout="compute") -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes.
+
+        A dimension that its mesh axes do not divide stays replicated, for this array only.
+
+        Raises:
+          KeyError: on an unknown logical axis.
+          ValueError: if two dimensions would use the same mesh axis.
+        """
+        column = {"storage": 0, "compute": 1}[layout]
+        out, used = [], {}
+        for axis, size in zip(axes, shape, strict=True):
+            if axis is None:
+                out.append(None)
+                continue
+            if axis not in self.table:
+                raise KeyError(f"unknown logical axis {axis!r}; known: {', '.join(self.table)}")
+            mesh_axes = tuple(a for a in self.table[axis][column] if self.mesh.shape[a] > 1)
+            ways = 1
+            for a in mesh_axes:
+                ways *= self.mesh.shape[a]
+                if a in used:
+                    raise ValueError(
+                        f"logical axes {used[a]!r} and {axis!r} of one array both want mesh axis {a!r}"
+                    )
+                used[a] = axis
+            fits = ways > 1 and size % ways == 0
+            out.append((mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]) if fits else None)
+        return PartitionSpec(*out)
+
+    def sharding(self, axes, shape, *, layout="compute") -> NamedSharding:
+        """`spec` as a NamedSharding on this mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, shape, layout=layout))
+
+    def unsplit(self, axes, shape, *, layout="storage") -> list[str]:
+        """The logical axes that wanted to be split but do not divide, for the log."""
+        spec, column = self.spec(axes, shape, layout=layout), {"storage": 0, "compute": 1}[layout]
+        return [
+            axis
+            for axis, placed in zip(axes, spec)
+            if axis and not placed and any(self.mesh.shape[a] > 1 for a in self.table[axis][column])
+        ]
+
+
+def constrain(x: jax.Array, axes, rules: Rules | None) -> jax.Array:
+    """Pins an activation to the compute layout of its logical axes."""
+    if rules is None or rules.mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, rules.sharding(axes, x.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x, compute, storage):
+    del storage
+    return jax.lax.with_sharding_constraint(x, compute)
+
+
+def _moved_fwd(x, compute, storage):
+    return _moved(x, compute, storage), None
+
+
+def _moved_bwd(compute, storage, _, g):
+    # The transpose of a bare constraint would pull the gradient to the compute layout, that is,
+    # all-reduce it in full. Pinning it to storage makes XLA reduce-scatter instead.
+    del compute
+    return (jax.lax.with_sharding_constraint(g, storage),)
+
+
+_moved.defvjp(_moved_fwd, _moved_bwd)
+
+
+def gathered(x: jax.Array, axes, rules: Rules | None) -> jax.Array:
+    """Moves one weight from its storage layout to its compute layout (FSDP's all-gather).
+
+    The cotangent is pinned to the storage layout, so the gradient comes back reduce-scattered.
+    """
+    if rules is None or rules.mesh.size == 1:
+        return x
+    return _moved(
+        x,
+        rules.sharding(axes, x.shape),
+        rules.sharding(axes, x.shape, layout="storage"),
+    )

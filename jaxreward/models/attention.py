@@ -1,0 +1,88 @@
+"""Rotary positions, the visibility rule, and attention.
+
+Visibility is decided by segments alone: a token sees the earlier tokens of its own segment, and
+all tokens of its trunk (the prompt it shares with other answers). Equal text therefore gets equal
+states whether it stands alone, is padded, packed beside others, or hangs from a shared prompt.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+MASKS = ("causal", "full")
+
+
+def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float):
+    """Rotates the two halves of each head by position-dependent angles (RoPE, half-split form).
+
+    Angles and the rotation are float32; the result has the dtype of `x`.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle)[:, :, None, :], jnp.cos(angle)[:, :, None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def visible(
+    segments: Int[Array, "B T"],
+    trunk: Int[Array, "B T"],
+    key_segments: Int[Array, "B S"],
+    *,
+    offset: Int[Array, ""] | int = 0,
+    mask: str = "causal",
+) -> Bool[Array, "B T S"]:
+    """Which keys each query may see.
+
+    Args:
+      segments: Segment of each query, 0 = padding.
+      trunk: Segment whose tokens a query may also see, 0 = none.
+      key_segments: Segment of each key slot, 0 = empty.
+      offset: Key slot of query 0 (0 without a cache).
+      mask: "causal", or "full" for denoisers (every token of the segment is visible).
+
+    Raises:
+      ValueError: on an unknown mask.
+    """
+    if mask not in MASKS:
+        raise ValueError(f"unknown attention mask {mask!r}; use one of {', '.join(MASKS)}")
+    query, key = segments[:, :, None], key_segments[:, None, :]
+    own = (query == key) & (query > 0)
+    if mask == "full":
+        return own
+    shared = (trunk[:, :, None] == key) & (trunk[:, :, None] > 0)
+    T, S = segments.shape[1], key_segments.shape[1]
+    past = jnp.arange(S)[None, :] <= jnp.arange(T)[:, None] + offset
+    return (own | shared) & past[None]
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    see: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """Softmax attention over the visible keys; a query that sees nothing gets 0.
+
+    Query heads that share a key head are folded into its query rows, so keys and values are
+    never repeated; keys and values come head by head, so that both products are plain batched
+    matrix products. Scores and softmax are float32.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    G = N // K
+    folded = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("bkxh,bksh->bkxs", folded, k, preferred_element_type=jnp.float32)
+    scores = scores * (1 / math.sqrt(H))
+    see = jnp.tile(see, (1, G, 1))[:, None]
+    # A finite floor keeps fully masked rows free of NaN, forward and backward.
+    scores = jnp.where(see, scores, -1e30)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.where(see, jnp.exp(scores - top), 0.0)
+    norm = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.where(norm == 0, 1.0, norm)).astype(v.dtype)
+    mixed = jnp.einsum("bkxs,bksh->bkxh", weights, v).reshape(B, K, G, T, H)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

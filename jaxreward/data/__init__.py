@@ -1,0 +1,1 @@
+"""Layer 2, host only: records, chat templates, tokens and batches as NumPy arrays."""

@@ -1,0 +1,1 @@
+"""One small file a data set: its field names mapped to our records."""

@@ -1,0 +1,140 @@
+"""Arithmetic problems with exact checkers, made by reasoning_gym's own generators (Apache-2.0).
+
+The generators draw item i of seed s from the random state s + i, so two nearby seeds give nearly
+the same problems: separate training from evaluation with `split`, not with another seed.
+"""
+
+import functools
+import random
+
+from jaxreward.rewards.final_number import final_number
+
+# Name -> (reasoning_gym data set, its digits, number of distinct keys). With 0..9 there are 55
+# unordered and 100 ordered pairs, with 10..99 there are 4095 and 8100; chain_sum draws + and -.
+_TASKS = {
+    "chain_sum_1": ("chain_sum", (1, 1), 55 + 100),
+    "products_1": ("products", (1, 1), 55),
+    "chain_sum_2": ("chain_sum", (1, 2), 55 + 100 + 4095 + 8100),
+}
+
+
+@functools.cache
+def _dataset(task, seed):
+    import reasoning_gym
+
+    name, (low, high), _ = _TASKS[task]
+    return reasoning_gym.create_dataset(
+        name, seed=seed, size=1, min_terms=2, max_terms=2, min_digits=low, max_digits=high
+    )
+
+
+def _known(task):
+    if task not in _TASKS:
+        raise KeyError(f"unknown task {task!r}; known: {', '.join(_TASKS)}")
+
+
+def problem_key(task, expression):
+    """Names a problem up to the order of operands where that does not matter.
+
+    Args:
+      task: Name of the task.
+      expression: "A op B", operands and operation parted by spaces.
+
+    Returns:
+      str, equal for "3 + 5" and "5 + 3", different for "3 - 5" and "5 - 3".
+    """
+    left, operation, right = expression.split(" ")
+    if operation in "+*":
+        left, right = sorted((left, right), key=int)
+    return f"{task}:{left}{operation}{right}"
+
+
+def problems(task, *, count, seed):
+    """Draws distinct problems.
+
+    Args:
+      task: "chain_sum_1" (a ± b, one digit; 155 distinct), "products_1" (a * b, one digit; 55) or
+        "chain_sum_2" (a ± b, both one or both two digits; 12350).
+      count: How many.
+      seed: Of the generator; non-negative int.
+
+    Returns:
+      list of dict(id, prompt, answer, task, key), all str; no two share a key. Keys name the task
+      too, so the one-digit problems of chain_sum_2 have other keys than those of chain_sum_1.
+
+    Raises:
+      KeyError: for an unknown task.
+      ValueError: if the task has fewer distinct problems than asked for.
+    """
+    _known(task)
+    distinct = _TASKS[task][2]
+    if not 1 <= count <= distinct:
+        raise ValueError(f"task {task} has {distinct} distinct problems; count is {count}")
+    dataset, drawn, index = _dataset(task, seed), {}, 0
+    while len(drawn) < count:
+        item = dataset[index]
+        index += 1
+        key = problem_key(task, item["metadata"]["expression"])
+        if key not in drawn:
+            drawn[key] = {
+                "id": f"{task}-{len(drawn)}",
+                "prompt": item["question"],
+                "answer": item["answer"],
+                "task": task,
+                "key": key,
+            }
+    return list(drawn.values())
+
+
+def split(problems, *, fraction, seed):
+    """Parts problems by key, so that no problem stands on both sides in another operand order.
+
+    Args:
+      problems: From `problems`; several tasks may be mixed, keys may repeat.
+      fraction: Share of the distinct keys on the second side, 0 < fraction < 1.
+      seed: Decides which.
+
+    Returns:
+      (rest, held out), each in the given order, neither empty.
+
+    Raises:
+      ValueError: for a fraction outside (0, 1) or fewer than two distinct keys.
+    """
+    keys = sorted({problem["key"] for problem in problems})
+    if not 0 < fraction < 1 or len(keys) < 2:
+        raise ValueError(
+            f"split needs 0 < fraction < 1 and at least 2 distinct problems; received fraction "
+            f"{fraction} and {len(keys)} distinct"
+        )
+    random.Random(seed).shuffle(keys)
+    held = set(keys[: min(len(keys) - 1, max(1, round(fraction * len(keys))))])
+    return (
+        [problem for problem in problems if problem["key"] not in held],
+        [problem for problem in problems if problem["key"] in held],
+    )
+
+
+def check(problem, text):
+    """Says whether an answer is right: its last number, scored by the task's own checker.
+
+    The checker gives partial credit to near misses; only full credit counts here.
+
+    Args:
+      problem: From `problems`.
+      text: The whole answer.
+
+    Returns:
+      bool.
+
+    Raises:
+      KeyError: for an unknown task.
+    """
+    _known(problem["task"])
+    number = final_number(text)
+    if number is None:
+        return False
+    try:
+        score = _dataset(problem["task"], 0).score_answer(number, {"answer": problem["answer"]})
+    except (ArithmeticError, ValueError, TypeError):
+        return False  # the checker may raise on numbers it cannot read, such as 1e999999999
+    return score >= 1.0

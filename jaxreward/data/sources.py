@@ -1,0 +1,447 @@
+"""JSON Lines in and out: preference pairs, prompts and answers, with errors that name the line.
+
+Paths end in .jsonl or .jsonl.gz (any other name is read as plain JSON Lines); "-" is standard input
+or output. Blank lines are skipped.
+"""
+
+import contextlib
+import difflib
+import gzip
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+
+from jaxreward.data.corpora import hh_rlhf
+
+_PAIR_FIELDS = ("id", "prompt", "chosen", "rejected", "margin", "weight", "subset")
+_ANSWER_FIELDS = ("answer", "completion", "response")
+
+
+class _Bad(ValueError):
+    """A row that cannot be used: the field, and why in words that hold for many rows."""
+
+    def __init__(self, reason, *, field=None, came=""):
+        super().__init__(f"{reason}{f'; received {came}' if came else ''}")
+        self.reason, self.field = reason, field
+
+
+def read_jsonl(path, *, what="record"):
+    """Reads JSON objects, one a line.
+
+    Args:
+      path: File, .gz for gzip, or "-" for standard input.
+      what: What a line holds, for messages.
+
+    Returns:
+      list of (line number from 1, dict).
+
+    Raises:
+      FileNotFoundError: if there is no such file; names near misses.
+      ValueError: naming file:line for a line that is no JSON object in UTF-8, or for an empty file.
+    """
+    rows = []
+    for number, row in _lines(path):
+        if isinstance(row, _Bad):
+            raise ValueError(f"{_name(path)}:{number}: {what}: {row}") from row
+        rows.append((number, row))
+    return rows
+
+
+def read_pairs(path, *, on_bad="error", limit=None):
+    """Reads preference pairs.
+
+    A line has `chosen` and `rejected`, each a str or a list of {"role", "content"} messages, and
+    `prompt`, a str or messages. `prompt` may be missing when both answers are message lists or
+    HH-RLHF dialogues; their common beginning is then the prompt. Message lists that repeat the
+    given prompt lose the repetition. Optional: `margin` (number), `weight` (number >= 0),
+    `subset` (str), `id` (str or int; else the line number). Null counts as missing.
+
+    Args:
+      path: File, or "-" for standard input.
+      on_bad: "error" stops at the first bad line, "skip" leaves bad lines out, counts them by
+        reason and warns once.
+      limit: Read at most this many good pairs; None reads all.
+
+    Returns:
+      (records, report). Records are dict(id, prompt, chosen, rejected) with margin, weight and
+      subset where given and all other fields under "extra". The report is dict(read=int,
+      kept=int, skipped={reason: int}).
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming file:line:field, what was expected and what came; or when no pair is left.
+    """
+    if on_bad not in ("error", "skip"):
+        raise ValueError(f'on_bad must be "error" or "skip"; received {on_bad!r}')
+    return _read(path, _pair, what="pair", on_bad=on_bad, limit=limit)
+
+
+def read_prompts(path, *, limit=None):
+    """Reads prompts to answer.
+
+    Args:
+      path: File, or "-" for standard input.
+      limit: Read at most this many; None reads all.
+
+    Returns:
+      list of dict(id: str, prompt: str or messages), other fields under "extra".
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming file:line:field.
+    """
+    return _read(path, _prompt, what="prompt", limit=limit)[0]
+
+
+def read_answers(path, *, limit=None):
+    """Reads answers to score.
+
+    A line has `prompt` and one of `answer`, `completion` or `response`, or is a pair as in
+    `read_pairs`. As there, `prompt` may be missing if the answer is a message list or an HH-RLHF
+    dialogue; all but its last turn is then the prompt.
+
+    Args:
+      path: File, or "-" for standard input.
+      limit: Read at most this many lines; None reads all.
+
+    Returns:
+      list of dict(id: str, prompt: str or messages, answers: list of str or messages,
+      names: the field each answer came from, row: the line as it was).
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming file:line:field.
+    """
+    return _read(path, _answer, what="answer", limit=limit)[0]
+
+
+def write_jsonl(path, records):
+    """Writes one JSON object a line; the file appears whole or not at all.
+
+    Args:
+      path: File (.gz is compressed), replaced if it exists, or "-" for standard output.
+      records: Iterable of dicts of plain JSON values.
+
+    Returns:
+      Number of lines written.
+
+    Raises:
+      ValueError: naming the record that JSON cannot hold (an array, a NaN, a set).
+      FileNotFoundError: if the folder is missing.
+    """
+    if str(path) == "-":
+        count = _dump(sys.stdout.buffer, records, "standard output")
+        sys.stdout.buffer.flush()
+        return count
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {path.parent} does not exist; create it first")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(temporary)
+    try:
+        with os.fdopen(handle, "wb") as raw:
+            if path.suffix == ".gz":
+                with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as stream:
+                    count = _dump(stream, records, path)
+            else:
+                count = _dump(raw, records, path)
+        # mkstemp makes files private; give the mode that open() would have given
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return count
+
+
+def data_hash(path):
+    """Content hash of a file, as recorded with a run.
+
+    Args:
+      path: File; not "-", which can be read only once.
+
+    Returns:
+      sha256 of its bytes as 64 hex digits.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+    """
+    _exists(path)
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _name(path):
+    return "standard input" if str(path) == "-" else str(path)
+
+
+def _exists(path):
+    path = Path(path)
+    if path.is_file():
+        return
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    raise FileNotFoundError(f"data file {path} does not exist or is no file{hint}")
+
+
+@contextlib.contextmanager
+def _opened(path):
+    if str(path) == "-":
+        yield sys.stdin.buffer
+        return
+    _exists(path)
+    with gzip.open(path) if str(path).endswith(".gz") else Path(path).open("rb") as stream:
+        yield stream
+
+
+def _lines(path):
+    """Yields (line number, dict or _Bad); raises ValueError if no line holds anything."""
+    number, some = 0, False
+    with _opened(path) as stream:
+        try:
+            # Split at \n alone: JSON strings may hold U+2028 and other line ends of str.splitlines.
+            for number, line in enumerate(stream, start=1):
+                if line := line.strip():
+                    some = True
+                    yield number, _parse(line)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{_name(path)}:{number + 1}: not a complete gzip file ({error}); "
+                "download or compress it again"
+            ) from error
+    if not some:
+        raise ValueError(f"{_name(path)} is empty; expected JSON objects, one a line")
+
+
+def _parse(line):
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return _Bad("line must be UTF-8", came=f"byte {error.object[error.start]:#04x}")
+    except RecursionError:
+        return _Bad("JSON is nested too deeply")
+    except ValueError as error:  # also integers too long for Python to convert
+        return _Bad("line must be a JSON object", came=f"{line[:40]!r} ({error})")
+    return row if isinstance(row, dict) else _Bad("line must be a JSON object", came=_show(row))
+
+
+def _read(path, parse, *, what, on_bad="error", limit=None):
+    records, read, skipped = [], 0, {}
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 or None; received {limit}")
+    for number, row in _lines(path):
+        read += 1
+        try:
+            if isinstance(row, _Bad):
+                raise row
+            records.append(parse(row, number))
+        except _Bad as bad:
+            place = f"{_name(path)}:{number}" + (f":{bad.field}" if bad.field else "")
+            if on_bad == "error":
+                raise ValueError(f"{place}: {bad}") from bad
+            reason = f"{bad.field}: {bad.reason}" if bad.field else bad.reason
+            skipped[reason] = skipped.get(reason, 0) + 1
+        if len(records) == limit:
+            break
+    counts = "; ".join(f"{reason} ({count})" for reason, count in skipped.items())
+    if not records:
+        raise ValueError(f"{_name(path)} holds no usable {what} in {read} lines: {counts}")
+    if skipped:
+        warnings.warn(
+            f"{_name(path)}: skipped {sum(skipped.values())} of {read} lines: {counts}",
+            stacklevel=3,
+        )
+    return records, {"read": read, "kept": len(records), "skipped": skipped}
+
+
+def _pair(row, number):
+    chosen, rejected = (_text(row, name) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise _Bad(
+            "chosen and rejected must both be str or both be messages",
+            field="rejected",
+            came=f"{type(chosen).__name__} and {type(rejected).__name__}",
+        )
+    prompt = None if row.get("prompt") is None else _text(row, "prompt")
+    prompt, (chosen, rejected) = _parted(prompt, [chosen, rejected], ["chosen", "rejected"])
+    if chosen == rejected:
+        raise _Bad("identical answers", field="rejected")
+    record = {"id": _id(row, number), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for field in ("margin", "weight"):
+        if row.get(field) is not None:
+            record[field] = _number(row[field], field)
+    if row.get("subset") is not None:
+        if not isinstance(row["subset"], str):
+            raise _Bad("must be str", field="subset", came=_show(row["subset"]))
+        record["subset"] = row["subset"]
+    return _with_extra(record, row, _PAIR_FIELDS)
+
+
+def _prompt(row, number):
+    record = {"id": _id(row, number), "prompt": _text(row, "prompt")}
+    return _with_extra(record, row, ("id", "prompt"))
+
+
+def _answer(row, number):
+    names = [name for name in _ANSWER_FIELDS if row.get(name) is not None]
+    if not names and (row.get("chosen") is not None or row.get("rejected") is not None):
+        pair = _pair(row, number)
+        names, prompt = ["chosen", "rejected"], pair["prompt"]
+        answers = [pair["chosen"], pair["rejected"]]
+    elif len(names) == 1:
+        prompt = None if row.get("prompt") is None else _text(row, "prompt")
+        prompt, answers = _parted(prompt, [_text(row, names[0])], names)
+    else:
+        raise _Bad(
+            f"needs exactly one of {', '.join(_ANSWER_FIELDS)}, or chosen and rejected",
+            field="answer",
+            came=", ".join(names) or f"the fields {', '.join(map(repr, row)) or '(none)'}",
+        )
+    return {
+        "id": _id(row, number),
+        "prompt": prompt,
+        "answers": answers,
+        "names": names,
+        "row": row,
+    }
+
+
+def _parted(prompt, answers, names):
+    """Takes the shared dialogue off the front of the answers; returns (prompt, answers)."""
+    if isinstance(answers[0], str):
+        if prompt is not None:
+            return prompt, answers
+        if not all(hh_rlhf.is_dialogue(answer) for answer in answers):
+            raise _Bad(
+                "missing; give a prompt, or answers as messages or HH-RLHF dialogues "
+                'that begin with "\\n\\nHuman:"',
+                field="prompt",
+            )
+        try:
+            answers = [hh_rlhf.to_messages(answer) for answer in answers]
+        except ValueError as error:
+            raise _Bad(
+                str(error), field=names[0] if len(names) == 1 else "chosen|rejected"
+            ) from None
+    for name, answer in zip(names, answers):
+        if answer[-1]["role"] != "assistant":
+            raise _Bad("last message must be the assistant's", field=name, came=answer[-1]["role"])
+    if prompt is not None and all(answer[0]["role"] == "assistant" for answer in answers):
+        return prompt, answers
+    if isinstance(prompt, list):
+        size = len(prompt)
+        if all(len(answer) > size and answer[:size] == prompt for answer in answers):
+            return prompt, [answer[size:] for answer in answers]
+        if prompt[-1]["role"] == "assistant":
+            return prompt, answers  # the dialogues part at a user turn
+    if len(answers) == 2:
+        front, *rest = hh_rlhf.split_pair(*answers)
+    else:
+        front, rest = answers[0][:-1], [answers[0][-1:]]
+    if prompt is None:
+        if not front and len(answers) == 1:
+            raise _Bad("missing; the answer holds nothing but itself", field="prompt")
+        return front, rest
+    said = front[-1]["content"] if front and front[-1]["role"] == "user" else None
+    if isinstance(prompt, str) and said == prompt:
+        return front, rest
+    raise _Bad(
+        f"does not agree with the messages in {' and '.join(names)}, which begin before the "
+        "answer; leave it out, or start the answers at the assistant's message",
+        field="prompt",
+    )
+
+
+def _with_extra(record, row, fields):
+    extra = {name: value for name, value in row.items() if name not in fields}
+    return {**record, "extra": extra} if extra else record
+
+
+def _id(row, number):
+    value = row.get("id")
+    if value is None:
+        return str(number)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise _Bad("must be str or int", field="id", came=_show(value))
+    return str(value)
+
+
+def _number(value, field):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Bad("must be a number", field=field, came=_show(value))
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise _Bad("must be finite", field=field, came=_show(value))
+    if field == "weight" and value < 0:
+        raise _Bad("must be >= 0", field=field, came=_show(value))
+    return value
+
+
+def _text(row, field):
+    """The str or message list in a field."""
+    if row.get(field) is None:
+        near = difflib.get_close_matches(field, row, n=1)
+        hint = f" (did you mean the field {near[0]!r}?)" if near and near[0] != field else ""
+        raise _Bad(f"missing{hint}", field=field)
+    value = row[field]
+    if isinstance(value, str):
+        _encodable(value, field)
+        return value
+    if not isinstance(value, list):
+        raise _Bad("must be str or a list of messages", field=field, came=_show(value))
+    if not value:
+        raise _Bad("list of messages must not be empty", field=field)
+    for index, message in enumerate(value):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                came = message.get(key) if isinstance(message, dict) else message
+                raise _Bad(
+                    f"message must have a str {key}", field=f"{field}[{index}]", came=_show(came)
+                )
+            _encodable(message[key], f"{field}[{index}].{key}")
+    return value
+
+
+def _encodable(text, field):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Bad(
+            "holds half of a surrogate pair, which is no character",
+            field=field,
+            came=f"{text[error.start]!r}",
+        ) from None
+
+
+def _show(value):
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _dump(stream, records, name):
+    count = 0
+    for count, record in enumerate(records, start=1):
+        try:
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name}: record {count} cannot be written as JSON ({error}); "
+                "give plain numbers, strings, lists and dicts"
+            ) from error
+        stream.write(line + b"\n")
+    return count

@@ -1,0 +1,92 @@
+"""Problems from reasoning_gym."""
+
+import pytest
+
+from jaxreward.data.corpora import reasoning_gym as corpus
+
+
+@pytest.fixture(autouse=True)
+def _needs(require):
+    require("reasoning_gym")
+
+
+def test_all_one_digit_products():
+    """There are exactly 55 unordered pairs of digits; a wrong key gives another number."""
+    drawn = corpus.problems("products_1", count=55, seed=0)
+    assert len({p["key"] for p in drawn}) == 55
+    assert {p["key"] for p in drawn} == {
+        f"products_1:{a}*{b}" for a in range(10) for b in range(a, 10)
+    }
+    with pytest.raises(ValueError, match="55 distinct problems; count is 56"):
+        corpus.problems("products_1", count=56, seed=0)
+
+
+def test_all_one_digit_sums():
+    """55 sums and 100 differences: subtraction must not be treated as commutative."""
+    keys = {p["key"] for p in corpus.problems("chain_sum_1", count=155, seed=3)}
+    assert sum("+" in key for key in keys) == 55
+    assert sum("-" in key for key in keys) == 100
+
+
+def test_keys_of_operand_orders():
+    """3 + 5 and 5 + 3 are one problem, 3 - 5 and 5 - 3 two; 10 sorts after 9 as a number."""
+    key = corpus.problem_key
+    assert key("t", "3 + 5") == key("t", "5 + 3") == "t:3+5"
+    assert key("t", "3 * 5") == key("t", "5 * 3")
+    assert key("t", "3 - 5") != key("t", "5 - 3")
+    assert key("t", "10 + 9") == "t:9+10"
+
+
+def test_deterministic_and_right():
+    """The same seed gives the same problems, another seed others, and answers are true."""
+    one = corpus.problems("chain_sum_2", count=40, seed=1)
+    assert one == corpus.problems("chain_sum_2", count=40, seed=1)
+    assert one != corpus.problems("chain_sum_2", count=40, seed=500)
+    for problem in one:
+        left, operation, right = problem["prompt"].split(": ")[1].removesuffix(" =").split(" ")
+        value = int(left) + int(right) if operation == "+" else int(left) - int(right)
+        assert problem["answer"] == str(value)
+
+
+def test_split_has_no_key_on_both_sides():
+    """The same problem in another operand order must not leak into the held-out side."""
+    drawn = corpus.problems("chain_sum_1", count=100, seed=0)
+    sums = [p for p in drawn if "+" in p["key"]]
+    swapped = []
+    for p in sums:
+        a, b = p["key"].split(":")[1].split("+")
+        for left, right in ((a, b), (b, a)):
+            expression = f"{left} + {right}"
+            swapped.append({**p, "key": corpus.problem_key("chain_sum_1", expression)})
+    rest, held = corpus.split(drawn + swapped, fraction=0.3, seed=0)
+    assert len(rest) + len(held) == len(drawn) + len(swapped)
+    assert not {p["key"] for p in rest} & {p["key"] for p in held}
+    assert len({p["key"] for p in held}) == 30
+    assert corpus.split(drawn + swapped, fraction=0.3, seed=0) == (rest, held)
+    assert corpus.split(drawn, fraction=0.3, seed=1) != corpus.split(drawn, fraction=0.3, seed=0)
+
+
+def test_split_is_never_empty():
+    """A small fraction must still hold something out."""
+    drawn = corpus.problems("products_1", count=3, seed=0)
+    rest, held = corpus.split(drawn, fraction=0.01, seed=0)
+    assert (len(rest), len(held)) == (2, 1)
+    rest, held = corpus.split(drawn, fraction=0.99, seed=0)
+    assert (len(rest), len(held)) == (1, 2)
+    with pytest.raises(ValueError, match="at least 2 distinct"):
+        corpus.split(drawn[:1], fraction=0.5, seed=0)
+
+
+def test_check():
+    """The last number decides; partial credit of the checker and odd text are wrong answers."""
+    problem = {"task": "chain_sum_1", "answer": "-4", "id": "", "prompt": "", "key": ""}
+    for text in ("-4", "5 - 9 = -4", "The answer is **−4**.", "-4.0"):
+        assert corpus.check(problem, text), text
+    for text in ("", "four", "4", "-4 or 5", "-40", "1e999999999", "-44"):
+        assert not corpus.check(problem, text), text
+
+
+def test_unknown_task():
+    """A misspelt task must name the known ones."""
+    with pytest.raises(KeyError, match="chain_sum_1"):
+        corpus.problems("chain_sums", count=1, seed=0)

@@ -1,0 +1,133 @@
+"""Scores of answers: trees in, one number per answer out, in the order given.
+
+Packing, batching and padding happen here; a score depends on its text alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxreward.core.types import PairRows
+from jaxreward.data import pipeline
+from jaxreward.data.tokenize import Tree
+from jaxreward.models import heads, trainable
+from jaxreward.parallel import hosts
+from jaxreward.parallel.rules import Rules
+
+PyTree = Any
+FIELDS = (
+    "tokens",
+    "mask",
+    "loss_mask",
+    "positions",
+    "segments",
+    "trunk",
+    "ends",
+    "pairs",
+    "margin",
+    "weight",
+)
+
+
+def pair_rows(batch: dict, rules: Rules | None = None) -> PairRows:
+    """A batch of the data pipeline as PairRows on the devices."""
+    arrays = {name: batch[name] for name in FIELDS}
+    if "features" in batch:
+        arrays["features"] = batch["features"]
+    return PairRows(**hosts.to_global(arrays, rules))
+
+
+def row_len(trees: list[Tree], *, least: int = 0) -> int:
+    """A row length for these trees: the longest fits, and a typical row holds several."""
+    sizes = [tree.size for tree in trees]
+    return pipeline.suggest_row_len([max(sizes), min(4 * int(np.mean(sizes)), 2048), least])
+
+
+def rewards(
+    plan: trainable.Plan, params: PyTree, frozen: PyTree, rows: PairRows, *, rules=None
+) -> jax.Array:
+    """Scalar rewards of the answers of each row, float32[B, K]; 0 where there is no answer."""
+    states = trainable.states(plan, params, frozen, rows, rules=rules)
+    return heads.scalar(params["score"], trainable.answer_states(states, rows.ends))
+
+
+def make_predict(
+    plan: trainable.Plan, *, rules: Rules | None = None, batch: int = 8
+) -> Callable[[PyTree, PyTree, list[Tree]], list[np.ndarray]]:
+    """A function (params, frozen, trees) -> scores, one float32 array per tree.
+
+    Compiled once per row shape; `batch` rows run at a time.
+    """
+    forward = jax.jit(lambda params, frozen, rows: rewards(plan, params, frozen, rows, rules=rules))
+
+    def predict(params, frozen, trees):
+        out = [np.full(len(tree.answers), np.nan, np.float32) for tree in trees]
+        for raw in _eval_batches(trees, batch):
+            scores = np.asarray(forward(params, frozen, pair_rows(raw, rules)))
+            _scatter(out, raw["index"], scores)
+        return out
+
+    return predict
+
+
+def _eval_batches(trees, batch):
+    if not trees:
+        return iter(())
+    return pipeline.batches(
+        trees, row_len=row_len(trees), batch=batch, seed=0, epochs=1, shuffle=False
+    )
+
+
+def _scatter(out, index, values):
+    # index [B, K, 2] names the (tree, answer) of every slot of values [B, K].
+    for b, k in np.argwhere(index[..., 0] >= 0):
+        tree, answer = index[b, k]
+        out[tree][answer] = values[b, k]
+
+
+def cache_features(
+    plan: trainable.Plan,
+    frozen: PyTree,
+    trees: list[Tree],
+    *,
+    rules: Rules | None = None,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[np.ndarray]]:
+    """What the frozen lower layers make of every tree, computed once.
+
+    Args:
+      plan: With `plan.cut` > 0.
+      frozen: Holds the lower layers.
+      trees: Without features.
+      rules, batch: Mesh, and rows at a time.
+      progress: Called with (batches done, batches in all).
+
+    Returns:
+      For each tree the list [prompt [Tp, D], answer 0 [T0, D], ...] in the compute dtype, as
+      `Tree.features` takes it.
+    """
+    forward = jax.jit(lambda frozen, rows: trainable.features(plan, frozen, rows, rules=rules))
+    out: list[list[np.ndarray] | None] = [None] * len(trees)
+    length = row_len(trees)
+    packed = pipeline.pack(trees, row_len=length)
+    total = pipeline.steps_per_epoch(len(packed), batch=batch)
+    batches = pipeline.batches(
+        trees, row_len=length, batch=batch, seed=0, epochs=1, shuffle=False, plan=packed
+    )
+    for done, raw in enumerate(batches):
+        states = np.asarray(forward(frozen, pair_rows(raw, rules)))
+        rows = packed[done * batch : (done + 1) * batch]
+        for b, members in enumerate(rows):
+            slot = 0
+            for i in members:
+                parts = [len(trees[i].prompt), *(len(a) for a in trees[i].answers)]
+                ends = slot + np.cumsum(parts)
+                # Copies: a view would keep the padding of the whole batch alive.
+                out[i] = [states[b, e - n : e].copy() for n, e in zip(parts, ends)]
+                slot = int(ends[-1])
+        if progress is not None:
+            progress(done + 1, total)
+    return out

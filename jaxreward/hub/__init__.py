@@ -1,0 +1,1 @@
+"""Layer 4: Hugging Face folders in and out."""

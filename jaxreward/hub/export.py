@@ -1,0 +1,308 @@
+"""A parameter tree into a Hugging Face folder: weights, config, tokenizer, model card."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxreward import __version__
+from jaxreward.core import trees
+from jaxreward.hub import load
+from jaxreward.models import decoder
+from jaxreward.parallel import specs as sp
+
+log = logging.getLogger(__name__)
+PyTree = Any
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def tensors(
+    cfg: decoder.Config, params: PyTree, score: PyTree | None, *, dtype: str = "float32"
+) -> dict[str, np.ndarray]:
+    """Checkpoint tensors by serialised name; layers unstacked.
+
+    Args:
+      cfg: The model. params: Its tree; without "head" when a score head replaces it.
+      score: Tree of the scalar head, or None for a language model.
+      dtype: Of the tensors.
+    """
+    flat = trees.flatten(params)
+    cast = np.dtype(dtype) if dtype != "bfloat16" else jax.numpy.bfloat16
+    out = {}
+    for entry in decoder.hf_table(cfg):
+        if score is not None and entry.ours == ("head/kernel",):
+            continue
+        leaves = [np.asarray(jax.device_get(flat[path])) for path in entry.ours]
+        if "{layer}" not in entry.theirs[0]:
+            made = entry.to(*leaves)
+            for name, x in zip(entry.theirs, made if len(entry.theirs) > 1 else (made,)):
+                out[name] = np.ascontiguousarray(x, cast)
+            continue
+        for layer in range(cfg.depth):
+            made = entry.to(*(leaf[layer] for leaf in leaves))
+            for name, x in zip(entry.theirs, made if len(entry.theirs) > 1 else (made,)):
+                out[name.format(layer=layer)] = np.ascontiguousarray(x, cast)
+    if score is not None:
+        out["score.weight"] = np.ascontiguousarray(
+            np.asarray(jax.device_get(score["kernel"])).T, cast
+        )
+    return out
+
+
+def _eos_ids(source: Path, raw: dict) -> set[int]:
+    found: list[Any] = [raw.get("eos_token_id")]
+    generation = source / "generation_config.json"
+    if generation.is_file():
+        found.append(json.loads(generation.read_text()).get("eos_token_id"))
+    flat = [i for x in found for i in (x if isinstance(x, list) else [x])]
+    return {i for i in flat if isinstance(i, int)}
+
+
+def pad_token(source: Path, raw: dict) -> tuple[int, str]:
+    """A pad token (id, text) that ends nothing.
+
+    transformers' sequence classification skips trailing pads to find the last token. If the pad is
+    an end token, the final end token is skipped with it and another state is scored.
+
+    Raises:
+      ValueError: if the tokenizer has no special token that is free to be the pad.
+    """
+    ends = _eos_ids(source, raw)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    special = {t["content"]: t["id"] for t in tokenizer.get("added_tokens", []) if t.get("special")}
+    text = lambda name: (
+        settings[name]["content"] if isinstance(settings.get(name), dict) else settings.get(name)
+    )
+    eos = {i for t, i in special.items() if t == text("eos_token")} | ends
+    bos = special.get(text("bos_token"))
+    preferred = [text("pad_token"), "<|endoftext|>", "<pad>", "[PAD]", "<|pad|>", text("unk_token")]
+    for name in [*preferred, *special]:
+        if name in special and special[name] not in eos and special[name] != bos:
+            if special[name] < raw["vocab_size"]:
+                return special[name], name
+    raise ValueError(
+        f"{source}: every special token of the tokenizer is a beginning or an end token "
+        f"(end ids {sorted(eos)}); add a pad token to tokenizer.json before exporting a scorer"
+    )
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags:
+- jaxreward
+{tags}---
+
+# {title}
+
+{about}
+
+Made with jaxreward {version}. {origin}
+
+## Use
+
+```python
+{snippet}
+```
+
+{protocol}
+"""
+
+_SCORE_CHAT = '''import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "."  # this folder, or its name on a hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def score(prompt, answer):
+    """Reward of an answer (text) to a prompt (text, or a list of messages)."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages = messages + [{"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits[0, 0].item()
+
+
+print(score("What is 2 + 2?", "4"))'''
+
+_SCORE_PLAIN = '''import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "."  # this folder, or its name on a hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def score(prompt, answer):
+    """Reward of an answer (text) to a prompt (text)."""
+    ids = tokenizer(prompt + answer, add_special_tokens=False).input_ids
+    first = {bos!r}
+    if first is not None and ids[:1] != [first]:
+        ids = [first] + ids
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids = ids + [tokenizer.eos_token_id]
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, 0].item()
+
+
+print(score("What is 2 + 2?", " 4"))'''
+
+_GENERATE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its name on a hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+inputs = tokenizer("2 + 2 =", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]))"""
+
+
+def write(
+    out: str | Path,
+    cfg: decoder.Config,
+    params: PyTree,
+    *,
+    source: str | Path,
+    score: PyTree | None = None,
+    template: str = "chat",
+    max_len: int | None = None,
+    adds_bos: int | None = None,
+    dtype: str = "float32",
+    title: str | None = None,
+    about: str = "",
+    origin: str = "",
+) -> Path:
+    """Writes `*ForSequenceClassification` (with `score`) or `*ForCausalLM` (without).
+
+    The tokenizer, its chat template and the generation settings are copied from `source`. A scorer
+    gets a pad id that differs from every end id. The folder appears whole or not at all.
+
+    Args:
+      out: New folder.
+      cfg, params: The model, adapters merged.
+      source: Folder whose tokenizer belongs to it.
+      score: Tree of the scalar head, or None.
+      template: How a conversation becomes text, "chat" or "plain"; recorded in config.json.
+      max_len: Longest input the scores were trained on; recorded.
+      adds_bos: Beginning-of-sequence id that plain text gets in front, or None.
+      dtype: float32, bfloat16 or float16.
+      title, about, origin: For the model card.
+
+    Raises:
+      ValueError: on an unknown dtype, or if `out` is not empty.
+    """
+    from safetensors.numpy import save_file
+
+    out, source = Path(out), Path(source)
+    if dtype not in DTYPES:
+        raise ValueError(f"cannot export dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; export into a new folder")
+    raw = load.read_config(source)
+    raw = {
+        **raw,
+        **decoder.to_hf_config(cfg),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    raw.pop("jaxreward", None)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in load.TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
+    if score is not None:
+        pad, text = pad_token(source, raw)
+        raw |= {
+            "architectures": ["LlamaForSequenceClassification"],
+            "num_labels": int(score["kernel"].shape[1]),
+            "id2label": {str(i): f"score_{i}" for i in range(score["kernel"].shape[1])},
+            "label2id": {f"score_{i}": i for i in range(score["kernel"].shape[1])},
+            "pad_token_id": pad,
+            "jaxreward": {"template": template, "max_len": max_len},
+        }
+        settings = json.loads((partial / "tokenizer_config.json").read_text())
+        settings["pad_token"] = text
+        (partial / "tokenizer_config.json").write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False)
+        )
+    save_file(
+        tensors(cfg, params, score, dtype=dtype),
+        partial / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (partial / "config.json").write_text(json.dumps(raw, indent=2))
+    snippet = _GENERATE
+    protocol = ""
+    if score is not None:
+        snippet = _SCORE_CHAT if template == "chat" else _SCORE_PLAIN.format(bos=adds_bos)
+        protocol = (
+            "The score is read at the last token of the conversation as the chat template renders "
+            "it."
+            if template == "chat"
+            else "The score is read at the end token that follows prompt and answer, joined as they are."
+        )
+        protocol += " Only differences between answers to one prompt have a meaning."
+        if max_len:
+            protocol += f" Longer inputs than {max_len} tokens were cut at the front of the prompt."
+    (partial / "README.md").write_text(
+        _CARD.format(
+            task="text-classification" if score is not None else "text-generation",
+            tags="- reward-model\n" if score is not None else "",
+            title=title or out.name,
+            about=about or ("A scalar reward model." if score is not None else "A language model."),
+            version=__version__,
+            origin=origin,
+            snippet=snippet,
+            protocol=protocol,
+        )
+    )
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
+    return out
+
+
+def write_tiny(folder: str | Path, *, seed: int = 0) -> Path:
+    """A random two-layer model with a byte tokenizer, as a Hugging Face folder, for `:smoke` runs."""
+    from jaxreward import testing
+
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return folder
+    cfg = testing.tiny_config()
+    source = testing.write_tokenizer(folder.with_name(folder.name + ".tokenizer"))
+    raw = decoder.to_hf_config(cfg) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    (source / "config.json").write_text(json.dumps(raw))
+    params = sp.init(decoder.specs(cfg), jax.random.key(seed))
+    write(folder, cfg, params, source=source, about="A random toy model.")
+    shutil.rmtree(source)
+    return folder
+
+
+def init_folder(init: str, workdir: str | Path) -> Path:
+    """The model folder that `config.models.<role>.init` names: "hf:<folder>" or "tiny".
+
+    Raises:
+      ValueError: on any other form.
+      FileNotFoundError: if the folder is not a model folder.
+    """
+    if init == "tiny":
+        return write_tiny(Path(workdir) / "tiny_model")
+    if not init.startswith("hf:"):
+        raise ValueError(
+            f"models.*.init must be hf:<folder> or tiny; received {init!r}. To start from a local "
+            f"Hugging Face folder write hf:{init}"
+        )
+    folder = Path(init.removeprefix("hf:"))
+    load.read_config(folder)
+    return folder

@@ -1,0 +1,217 @@
+"""A Hugging Face folder into a parameter tree: safetensors only, no torch, no remote code."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxreward.core import trees
+from jaxreward.models import decoder, heads
+from jaxreward.parallel import specs as sp
+from jaxreward.parallel.rules import Rules
+
+log = logging.getLogger(__name__)
+PyTree = Any
+
+# What a model folder may hold beside its weights, and what an export keeps.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def read_config(folder: str | Path) -> dict:
+    """The raw config.json of a model folder.
+
+    Raises:
+      FileNotFoundError: if there is no such folder or no config.json in it.
+      ValueError: if it is not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a model folder: {path} does not exist. Expected a Hugging Face folder "
+            "with config.json, *.safetensors and a tokenizer"
+        )
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def weight_files(folder: str | Path) -> dict[str, Path]:
+    """{tensor name: safetensors file} of a folder, single or sharded with an index.
+
+    Raises:
+      FileNotFoundError: if there are no safetensors files, or the index names a missing one.
+      ValueError: if the index points outside the folder.
+    """
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text())["weight_map"]
+        for file in sorted(set(names.values())):
+            if Path(file).name != file:
+                raise ValueError(f"{index}: {file!r} leaves the folder; file names only")
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{index} names {file}, which is not in {folder}")
+        return {name: folder / file for name, file in names.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+            p.name for p in folder.glob("*.pt*")
+        )
+        hint = f" (found {', '.join(other[:3])}: convert it; pickle files are not read)" * bool(
+            other
+        )
+        raise FileNotFoundError(f"{folder} holds no model.safetensors{hint}")
+    with safe_open(single, framework="np") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def content_hash(folder: str | Path) -> str:
+    """sha256 over config.json and the weight files, in name order."""
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _tensor(files, name) -> np.ndarray:
+    from safetensors import safe_open
+
+    with safe_open(files[name], framework="np") as file:
+        return file.get_tensor(name)
+
+
+def _leaves(files, table, cfg, dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Our leaves one by one; layers are written into a stack as they are read."""
+    for entry in table:
+        if "{layer}" not in entry.theirs[0]:
+            back = entry.back(*(_tensor(files, name) for name in entry.theirs))
+            for path, leaf in zip(entry.ours, back if len(entry.ours) > 1 else (back,)):
+                yield path, np.asarray(leaf, dtype)
+            continue
+        stacks: list[np.ndarray] = []
+        for layer in range(cfg.depth):
+            theirs = (_tensor(files, name.format(layer=layer)) for name in entry.theirs)
+            back = entry.back(*theirs)
+            parts = back if len(entry.ours) > 1 else (back,)
+            if not stacks:
+                stacks = [np.empty((cfg.depth, *part.shape), dtype) for part in parts]
+            for stacked, part in zip(stacks, parts):
+                stacked[layer] = part
+        yield from zip(entry.ours, stacks)
+
+
+def load(
+    folder: str | Path, *, rules: Rules | None = None, dtype: str = "float32"
+) -> tuple[decoder.Config, PyTree, PyTree | None]:
+    """Reads a Llama-style folder.
+
+    Args:
+      folder: `*ForCausalLM` or `*ForSequenceClassification`.
+      rules: Mesh and layouts: each leaf goes to its storage sharding as soon as it is read.
+      dtype: Dtype of the parameters.
+
+    Returns:
+      (config, parameters, score head or None).
+
+    Raises:
+      FileNotFoundError: if files are missing.
+      ValueError: listing every missing, unknown or wrongly shaped tensor at once.
+    """
+    raw = read_config(folder)
+    cfg = decoder.hf_config(raw)
+    files = weight_files(folder)
+    table = decoder.hf_table(cfg)
+    wanted = {
+        name.format(layer=layer)
+        for entry in table
+        for name in entry.theirs
+        for layer in (range(cfg.depth) if "{layer}" in name else (0,))
+    }
+    # A tied checkpoint may store the head again; scorers bring their own; old files carry buffers.
+    known = wanted | {"score.weight", "lm_head.weight"}
+    missing = sorted(wanted - set(files))
+    scorer = "score.weight" in files
+    if scorer and missing == ["lm_head.weight"]:
+        # Sequence classification drops the language head: an untied scorer cannot generate.
+        table = tuple(e for e in table if e.theirs != ("lm_head.weight",))
+        missing = []
+    unknown = sorted(n for n in set(files) - known if not n.endswith("rotary_emb.inv_freq"))
+    if missing or unknown:
+        raise ValueError(
+            f"{folder}: the tensors do not fit config.json; missing {missing[:8]} "
+            f"({len(missing)} in all), unknown {unknown[:8]} ({len(unknown)} in all)"
+        )
+    described = decoder.specs(cfg)
+    flat = trees.flatten(described, is_leaf=lambda x: isinstance(x, sp.Param))
+    params = {}
+    problems = []
+    for path, leaf in _leaves(files, table, cfg, np.dtype(dtype)):
+        if leaf.shape != flat[path].shape:
+            problems.append(f"{path}: {leaf.shape} where config.json says {flat[path].shape}")
+            continue
+        where = rules and rules.sharding(flat[path].axes, leaf.shape, layout="storage")
+        params[path] = jax.device_put(leaf, where)
+    if problems:
+        raise ValueError(f"{folder}: tensors of the wrong shape: " + "; ".join(problems))
+    score = None
+    if scorer:
+        kernel = _tensor(files, "score.weight").astype(np.float32).T
+        described_head = heads.scalar_specs(cfg.width, scores=kernel.shape[1])["kernel"]
+        where = rules and rules.sharding(described_head.axes, kernel.shape, layout="storage")
+        score = {"kernel": jax.device_put(kernel, where)}
+    return cfg, trees.unflatten(params), score
+
+
+def import_folder(folder: str | Path, out: str | Path) -> Path:
+    """Copies a Hugging Face folder after checking that we can read it.
+
+    Weights, config and tokenizer files are copied and nothing else: no code, no pickle.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`, or if `out` is not empty.
+    """
+    folder, out = Path(folder), Path(out)
+    decoder.hf_config(read_config(folder))
+    files = sorted({path.name for path in weight_files(folder).values()})
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose a new folder for the import")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json; scores need its tokenizer")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    index = "model.safetensors.index.json"
+    for name in ("config.json", *files, index, *TOKENIZER_FILES):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, partial / name)
+    load(partial)
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
+    return out

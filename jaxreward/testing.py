@@ -1,0 +1,103 @@
+"""Toys for tests, notebooks and `:smoke` runs: a tiny decoder, a byte tokenizer, made-up pairs.
+
+Public: use them to test your own additions.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from jaxreward.core.types import PairRows
+from jaxreward.models import decoder
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def tiny_config(**changes) -> decoder.Config:
+    """A decoder of 2 layers and width 32 over the byte tokenizer's 259 tokens."""
+    base = {
+        "vocab": 259,
+        "width": 32,
+        "depth": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "mlp": 64,
+        "tied": True,
+        "max_len": 512,
+    }
+    return decoder.Config(**{**base, **changes})
+
+
+def write_tokenizer(folder: str | Path) -> Path:
+    """Writes a byte-level tokenizer with ChatML: three special tokens (ids 0-2), then the 256 bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|im_end|>",
+        "chat_template": CHATML,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+    )
+    return folder
+
+
+def synthetic_pairs(count: int, *, seed: int = 0) -> list[dict]:
+    """Pairs that a small model can learn: the polite answer is preferred to the rude one."""
+    rng = random.Random(seed)
+    good, bad = ("thanks", "please", "gladly"), ("whatever", "no", "go away")
+    pairs = []
+    for i in range(count):
+        a, b = rng.randrange(100), rng.randrange(100)
+        pairs.append(
+            {
+                "id": f"toy-{i}",
+                "prompt": f"What is {a} + {b}?",
+                "chosen": f"{rng.choice(good)}: {a + b}",
+                "rejected": f"{rng.choice(bad)}: {a + b}",
+                "subset": "even" if i % 2 == 0 else "odd",
+            }
+        )
+    return pairs
+
+
+def empty_pair_rows(batch: int, length: int, *, answers: int = 2, pairs: int = 1) -> PairRows:
+    """PairRows of padding only, as NumPy arrays; fill what a test needs with `.replace`."""
+    import numpy as np
+
+    zeros = lambda *shape, dtype=np.int32: np.zeros(shape, dtype)
+    return PairRows(
+        tokens=zeros(batch, length),
+        mask=zeros(batch, length, dtype=bool),
+        loss_mask=zeros(batch, length, dtype=bool),
+        positions=zeros(batch, length, 1),
+        segments=zeros(batch, length),
+        trunk=zeros(batch, length),
+        ends=zeros(batch, answers) - 1,
+        pairs=zeros(batch, pairs, 2) - 1,
+        margin=zeros(batch, pairs, dtype=np.float32),
+        weight=zeros(batch, pairs, dtype=np.float32),
+    )

@@ -1,0 +1,56 @@
+"""A Bradley-Terry reward model: a chat model with a scalar head, fitted to preference pairs.
+
+Data: JSON lines with `prompt`, `chosen` and `rejected`, and optionally `id`, `margin`, `weight`
+and `subset`. Without an `eval_path`, `eval_fraction` of the pairs is held out.
+
+Command:
+    jaxreward import --from smollm2 --out models/smollm2
+    jaxreward train --config reward_model/bradley_terry --workdir runs/bt \\
+        --config.models.policy.init=hf:models/smollm2 --config.data.path=pairs.jsonl
+
+Cost: not measured.
+Expected: not measured; held-out accuracy depends on the data.
+Smoke: --config reward_model/bradley_terry:smoke takes a random toy model and generated pairs.
+
+Reference: Ouyang et al. 2022, "Training language models to follow instructions with human
+feedback", section 3.5, one pair a prompt instead of all pairs of a ranking.
+"""
+
+from jaxreward import presets
+
+
+def get_config(arg=""):
+    """The config; `arg` knows the word smoke."""
+    c = presets.base(arg)
+    c.recipe = "preference"
+    c.models = dict(
+        policy=dict(
+            family="decoder",
+            init="hf:models/smollm2",
+            head="scalar",
+            train="top",  # all | lora | top (the last top_layers and the head) | head
+            top_layers=6,
+            lora_rank=0,
+            lora_alpha=16.0,
+            lora_targets=".*/(q|k|v|o|gate|up|down)/kernel",
+        )
+    )
+    c.data = dict(
+        source="jsonl",
+        path="",
+        eval_path="",
+        template="auto",
+        max_len=1024,
+        row_len=0,  # 0: chosen from the data
+        batch=8,  # rows; a row packs several pairs
+        eval_fraction=0.05,
+        eval_batch=8,
+        cache_frozen=True,  # run the frozen layers once, and train from what they gave
+        on_bad="error",
+    )
+    c.losses = dict(bt=dict(fn="preference.bradley_terry", coef=1.0))
+    c.optim = presets.adamw(lr=1e-4, schedule="cosine", warmup=0.03, clip=1.0, decay=0.01)
+    c.mesh = presets.mesh()
+    c.train = presets.train(epochs=1, save_every=200, eval_every=200, compute="float32")
+    c.evals = dict(heldout=dict(fn="pairwise.accuracy"))
+    return presets.smoke(c, arg)

@@ -1,0 +1,398 @@
+"""The command line: `jaxreward COMMAND …`, which is also `python -m jaxreward COMMAND …`.
+
+Each command is one short function that imports what it calls, so that `--help` and `--version`
+start nothing. Exit codes: 0 done; 1 the command failed on something the user can put right; 2 the
+command line or the config is wrong; 130 interrupted. Only results go to standard output.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import sys
+import traceback
+from pathlib import Path
+
+from jaxreward import __version__
+from jaxreward.core.resolve import near, resolve
+
+# Keys of a config that may differ from those of the run being resumed: they change when something
+# is written, not what is computed. train.steps may grow as well.
+_MAY_CHANGE = ("train.log_every", "train.save_every", "train.eval_every", "train.keep")
+
+
+class UsageError(Exception):
+    """The command line or the config is wrong: exit code 2."""
+
+
+# Commands
+
+
+def train(args):
+    """Train what a config says, or resume the run that the workdir holds."""
+    from jaxreward import presets
+
+    with _usage():
+        if not args.config:
+            raise ValueError(
+                f"--config is missing; shipped configs: {', '.join(presets.shipped())}"
+            )
+        config = presets.load(args.config, args.overrides)
+        if args.print_config:
+            sys.stdout.write(presets.dumps(config))
+            return
+        if not args.workdir:
+            raise ValueError(
+                "--workdir is missing; it is where the run is written and resumed from"
+            )
+        if args.workdir.is_file():
+            raise ValueError(f"--workdir {args.workdir} is a file; it must be a folder")
+        if not config.get("recipe"):
+            raise ValueError(f"{args.config}: config.recipe is empty; it names the training loop")
+        run = resolve("recipes", f"{config.recipe}.run")
+        args.workdir.mkdir(parents=True, exist_ok=True)
+        path = args.workdir / "config.json"
+        fresh = not path.exists()
+        changed = {} if fresh else presets.diff(presets.read(path), config)
+        _check_resume(path, changed)
+    _distributed()
+    if fresh or changed:
+        presets.save(config, path)
+    try:
+        run(config, args.workdir)
+    except BaseException:
+        # A run that failed before it did anything must not hold the next one to its config, which
+        # may be what was wrong.
+        if fresh and not _trained(args.workdir):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def evaluate(args):
+    """Measure a reward model on preference pairs; the result is printed as JSON."""
+    _distributed()
+    from jaxreward.recipes import evaluate
+
+    result = evaluate.evaluate(
+        args.model, args.data, output=args.output, name=args.name, **_batch(args)
+    )
+    if result is not None:
+        # float: numbers of NumPy are not known to json.
+        print(json.dumps(result, indent=2, sort_keys=True, default=float))
+
+
+def score(args):
+    """Score prompts and answers with a reward model, one JSON line in, one out."""
+    _distributed()
+    from jaxreward.recipes import evaluate
+
+    evaluate.score(args.model, args.input, args.output, template=args.template, **_batch(args))
+
+
+def generate(args):
+    """Sample answers to prompts from a language model, one JSON line in, one out."""
+    _distributed()
+    from jaxreward.recipes import generate
+
+    generate.run(
+        args.model,
+        args.input,
+        args.output,
+        n=args.n,
+        temperature=args.temperature,
+        max_new=args.max_new,
+        seed=args.seed,
+        batch=args.batch,
+    )
+
+
+def import_model(args):
+    """Bring a model into a Hugging Face folder that the other commands read."""
+    if bool(args.folder) == bool(args.source):
+        raise UsageError("expected either a HF_FOLDER or --from, and not both")
+    if args.source:
+        from jaxreward.hub import gguf
+
+        gguf.import_smollm2(args.out)
+    else:
+        from jaxreward.hub import load
+
+        load.import_folder(args.folder, args.out)
+    print(f"wrote {args.out}")
+
+
+def export(args):
+    """Write the model of a run as a Hugging Face folder."""
+    from jaxreward.recipes import evaluate
+
+    evaluate.export(args.model, args.out, dtype=args.dtype)
+    print(f"wrote {args.out}")
+
+
+def report(args):
+    """Write one HTML page about a run: curves, evaluations, samples, config."""
+    from jaxreward.report import page
+
+    out = args.out or args.workdir / "report.html"
+    page.write(args.workdir, out)
+    print(f"wrote {out}")
+
+
+_COMMANDS = {
+    "train": (
+        train,
+        "jaxreward train --config reward_model/bradley_terry --workdir runs/bt \\\n"
+        "    --config.models.policy.init=hf:models/smollm2 --config.data.path=pairs.jsonl",
+    ),
+    "evaluate": (evaluate, "jaxreward evaluate --model runs/bt --data pairs.jsonl"),
+    "score": (score, "jaxreward score --model runs/bt --input answers.jsonl --output scores.jsonl"),
+    "generate": (
+        generate,
+        "jaxreward generate --model models/smollm2 --input prompts.jsonl \\\n"
+        "    --output answers.jsonl --n 4 --temperature 0.8",
+    ),
+    "import": (import_model, "jaxreward import --from smollm2 --out models/smollm2"),
+    "export": (export, "jaxreward export --model runs/bt --out models/bt"),
+    "report": (report, "jaxreward report --workdir runs/bt"),
+}
+
+
+# The flags
+
+
+def _flags(command, add):
+    """Declares the flags of `command` with `add`, which is argparse's add_argument."""
+    if command == "train":
+        add("--config", metavar="NAME", help="shipped config or .py file, with words after a ':'")
+        add(
+            "--workdir", type=Path, metavar="DIR", help="where the run is written, and resumed from"
+        )
+        add("--print_config", action="store_true", help="print the config as JSON and stop")
+    if command == "evaluate":
+        add("--model", type=Path, required=True, metavar="DIR", help="workdir or exported folder")
+        add("--data", type=Path, required=True, metavar="FILE", help="preference pairs, JSON lines")
+        add("--output", type=Path, metavar="FILE.json", help="also write the result there")
+        add("--name", default="heldout", help="name of the result (default: %(default)s)")
+        add("--batch", type=_positive, metavar="N", help="rows at a time")
+    if command == "score":
+        add("--model", type=Path, required=True, metavar="DIR", help="workdir or exported folder")
+        add("--input", type=_stream, required=True, metavar="FILE", help="JSON lines; - is stdin")
+        add("--output", type=_stream, required=True, metavar="FILE", help="- is stdout")
+        add("--batch", type=_positive, metavar="N", help="rows at a time")
+        add("--template", default="auto", help="auto, chat or plain (default: %(default)s)")
+    if command == "generate":
+        add("--model", type=Path, required=True, metavar="DIR", help="folder of a language model")
+        add("--input", type=_stream, required=True, metavar="FILE", help="prompts, JSON lines")
+        add("--output", type=_stream, required=True, metavar="FILE", help="answers, JSON lines")
+        add("--n", type=_positive, default=4, help="answers per prompt (default: %(default)s)")
+        add("--temperature", type=_temperature, default=0.8, help="default: %(default)s; 0: greedy")
+        add("--max_new", type=_positive, default=64, help="tokens at most (default: %(default)s)")
+        add("--seed", type=int, default=0, help="default: %(default)s")
+        add("--batch", type=_positive, default=64, help="answers at a time (default: %(default)s)")
+    if command == "import":
+        add("folder", nargs="?", type=Path, metavar="HF_FOLDER", help="a Hugging Face folder")
+        add("--from", dest="source", choices=["smollm2"], help="a model from an installed package")
+        add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    if command == "export":
+        add("--model", type=Path, required=True, metavar="WORKDIR", help="workdir of a run")
+        add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+        add("--dtype", default="float32", help="dtype of the weights (default: %(default)s)")
+    if command == "report":
+        add("--workdir", type=Path, required=True, metavar="DIR", help="workdir of a run")
+        add("--out", type=Path, metavar="FILE", help="default: report.html in the workdir")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _stream(text):
+    return text if text == "-" else Path(text)
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+def _temperature(text):
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a finite number, 0 or more, got {text}")
+    return value
+
+
+def _parse(argv):
+    """The parsed command line. argparse exits by itself on --help, --version and its own errors."""
+    top = argparse.ArgumentParser(
+        prog="jaxreward",
+        description="Reward models and preference optimisation in JAX.",
+        epilog="`jaxreward COMMAND --help` shows the flags of a command and an example.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"jaxreward {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    parsers = {}
+    for name, (run, example) in _COMMANDS.items():
+        what = run.__doc__.splitlines()[0]
+        parsers[name] = commands.add_parser(
+            name,
+            help=what,
+            description=what,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        _flags(name, parsers[name].add_argument)
+    if not argv:
+        top.print_help(sys.stderr)
+        raise SystemExit(2)
+    command = argv[0]
+    if not command.startswith("-") and command not in _COMMANDS:
+        top.error(
+            f"unknown command {command!r}{near(command, list(_COMMANDS))} "
+            f"commands: {', '.join(_COMMANDS)}"
+        )
+    overrides = []
+    if command == "train":
+        argv, overrides = _split_overrides(argv, parsers["train"].error)
+    args, rest = top.parse_known_args(argv)
+    if rest:
+        parser = parsers.get(args.command, top)
+        known = re.findall(r"--[\w-]+", parser.format_usage())
+        parser.error(
+            f"not understood: {' '.join(rest)}{near([r.split('=')[0] for r in rest], known)} "
+            f"flags: {', '.join(known)}"
+        )
+    args.overrides = overrides
+    return args
+
+
+def _split_overrides(argv, fail):
+    """The `--config.a.b=v` and `--config.a.b v` of `argv` apart from the rest."""
+    rest, overrides, words = [], [], iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                fail(f"{word} has no value; write {word}=VALUE")
+        overrides.append(f"{key}={value}")
+    return rest, overrides
+
+
+# Helpers of the commands
+
+
+def _batch(args):
+    """`batch` as a keyword where it was given, so that the callee's own default stands."""
+    return {} if args.batch is None else {"batch": args.batch}
+
+
+def _trained(workdir):
+    """Whether the workdir holds anything that a run made: a logged step or a checkpoint."""
+    metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (
+        checkpoints.is_dir() and any(checkpoints.iterdir())
+    )
+
+
+def _distributed():
+    """Joins the other processes, where the launcher says that there are some."""
+    wanted = os.environ.get("JAXREWARD_DISTRIBUTED", "")
+    if wanted not in ("", "0", "1"):
+        raise UsageError(f"JAXREWARD_DISTRIBUTED: expected 1, 0 or nothing, got {wanted!r}")
+    if wanted == "1":
+        import jax
+
+        jax.distributed.initialize()
+
+
+def _check_resume(path, changed):
+    """Refuses to go on with a run under another config than the one it was started with."""
+    refused = {}
+    for key, (old, new) in changed.items():
+        # 0 steps means "by epochs", which is no number to compare with.
+        counts = isinstance(old, int) and isinstance(new, int)
+        longer = key == "train.steps" and counts and 0 < old < new
+        if key not in _MAY_CHANGE and not longer:
+            refused[key] = (old, new)
+    if not refused:
+        return
+    from jaxreward import presets
+
+    lines = [
+        f"  {key}: {presets.spell(old)} there, {presets.spell(new)} now"
+        for key, (old, new) in refused.items()
+    ]
+    flags = [
+        shlex.quote(f"--config.{key}={presets.spell(old)}")
+        for key, (old, new) in refused.items()
+        if presets.ABSENT not in (old, new)
+    ]
+    remedy = "use another --workdir"
+    if flags:
+        remedy += f", or the old values: {' '.join(flags)}"
+    free = ", ".join(_MAY_CHANGE)
+    raise ValueError(
+        f"{path} is of a run with another config:\n"
+        + "\n".join(lines)
+        + f"\n{remedy}\n(a resumed run may change {free}, and raise train.steps)"
+    )
+
+
+@contextlib.contextmanager
+def _usage():
+    """Turns what is wrong with a config into a UsageError."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        raise UsageError(_text(error)) from error
+
+
+def _text(error):
+    """The message of `error`; str() of a KeyError would put it in quotes."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    # A bare key or nothing says too little without the type.
+    return text if " " in text else f"{type(error).__name__}: {text}"
+
+
+def main(argv=None):
+    """Runs one command.
+
+    Args:
+      argv: The command line without the program's name; sys.argv's by default.
+
+    Returns:
+      The exit code: 0 done, 1 the command failed, 2 wrong command line or config, 130 interrupted.
+      An error that is not the user's is raised as it is.
+    """
+    try:
+        args = _parse(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:
+        return stop.code or 0
+    where = f"jaxreward {args.command}"
+    try:
+        _COMMANDS[args.command][0](args)
+    except KeyboardInterrupt:
+        print(f"{where}: interrupted", file=sys.stderr)
+        return 130
+    except (UsageError, ValueError, KeyError, OSError, ImportError) as error:
+        # ImportError: an optional package is missing, and the text says how to install it.
+        usage = isinstance(error, UsageError)
+        if args.debug:
+            traceback.print_exc()
+        print(f"{where}: error: {_text(error)}", file=sys.stderr)
+        if not usage and not args.debug:
+            print("(--debug shows where it was raised)", file=sys.stderr)
+        return 2 if usage else 1
+    return 0
+
+
+def entry():
+    """The console script."""
+    sys.exit(main())

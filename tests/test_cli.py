@@ -1,0 +1,353 @@
+"""The command line: what each command calls, what it prints, and its exit code."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from jaxreward import cli, presets
+
+NAME = "reward_model/bradley_terry"
+TRAIN = ["train", "--config", f"{NAME}:smoke"]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """fake("recipes.x", f=…) puts a stand-in module in place; returns the list of its calls."""
+    import importlib
+
+    calls = []
+
+    def put(path, **functions):
+        layer, name = path.split(".")
+        module = types.ModuleType(f"jaxreward.{path}")
+        for key, result in functions.items():
+
+            def call(*args, _key=key, _result=result, **kwargs):
+                calls.append((_key, args, kwargs))
+                return _result(*args, **kwargs) if callable(_result) else _result
+
+            setattr(module, key, call)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        parent = importlib.import_module(f"jaxreward.{layer}")
+        monkeypatch.setattr(parent, name, module, raising=False)
+        return calls
+
+    monkeypatch.delenv("JAXREWARD_DISTRIBUTED", raising=False)
+    return put
+
+
+def test_train_passes_the_locked_config_and_the_workdir(fake, tmp_path):
+    """Catches overrides that are lost, and a run that leaves no config behind."""
+    calls = fake("recipes.preference", run=None)
+    workdir = tmp_path / "runs" / "bt"
+    argv = [*TRAIN, "--workdir", str(workdir), "--config.seed=3", "--config.mesh.data", "-1"]
+    assert cli.main([*argv, "--config.losses.bt.coef=2"]) == 0
+    ((_, (config, got), _),) = calls
+    assert got == workdir
+    assert config.is_locked and config.seed == 3 and config.losses.bt.coef == 2.0
+    assert config.models.policy.init == "tiny" and config.mesh.data == -1
+    assert presets.diff(presets.read(workdir / "config.json"), config) == {}
+
+
+def test_print_config_prints_json_and_runs_nothing(fake, capsys):
+    """Catches a print that needs a workdir, and text around the JSON."""
+    calls = fake("recipes.preference", run=None)
+    assert cli.main([*TRAIN, "--print_config", "--config.seed=3"]) == 0
+    assert json.loads(capsys.readouterr().out)["seed"] == 3
+    assert calls == []
+
+
+def run_once(fake, workdir, *more):
+    """Trains with a stand-in recipe that logs a step; returns the exit code."""
+
+    def run(config, where):
+        (where / "metrics.jsonl").write_text('{"step": 1}\n')
+
+    fake("recipes.preference", run=run)
+    return cli.main([*TRAIN, "--workdir", str(workdir), *more])
+
+
+def test_another_config_in_the_same_workdir_is_refused_key_by_key(fake, tmp_path, capsys):
+    """Catches a run that continues with another learning rate than it says it has."""
+    assert run_once(fake, tmp_path, "--config.models.policy.init=hf:a b") == 0
+    before = (tmp_path / "config.json").read_bytes()
+    assert run_once(fake, tmp_path, "--config.optim.lr=1e-3") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("jaxreward train: error: ") and "Traceback" not in err
+    assert "  models.policy.init: hf:a b there, tiny now\n" in err
+    assert "  optim.lr: 0.0001 there, 0.001 now\n" in err
+    assert "another --workdir" in err
+    assert "'--config.models.policy.init=hf:a b' --config.optim.lr=0.0001" in err
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ([], 0),
+        (["--config.train.steps=40"], 0),
+        (["--config.train.log_every=7", "--config.train.save_every=7"], 0),
+        (["--config.train.eval_every=7", "--config.train.keep=7"], 0),
+        (["--config.train.steps=3"], 2),
+        (["--config.train.steps=0"], 2),
+        (["--config.train.microbatches=2"], 2),
+        (["--config.train.steps=40", "--config.seed=1"], 2),
+    ],
+)
+def test_a_resumed_run_may_change_how_often_it_writes_and_run_longer(fake, tmp_path, more, code):
+    """Catches too much and too little that may change; what is accepted is written down."""
+    assert run_once(fake, tmp_path) == 0
+    assert run_once(fake, tmp_path, *more) == code
+    if code == 0:
+        overrides = [word.removeprefix("--config.") for word in more]
+        expected = presets.load(f"{NAME}:smoke", overrides)
+        assert presets.diff(presets.read(tmp_path / "config.json"), expected) == {}
+
+
+def test_a_run_by_epochs_does_not_become_one_by_steps(fake, tmp_path):
+    """Catches 0 steps ("by epochs") taken for a number that 40 is larger than."""
+    assert run_once(fake, tmp_path, "--config.train.steps=0") == 0
+    assert run_once(fake, tmp_path, "--config.train.steps=40") == 2
+
+
+def test_a_run_that_failed_at_once_does_not_bind_the_next(fake, tmp_path, capsys):
+    """Catches a workdir spoilt by a misspelt data path, with nothing trained in it."""
+
+    def missing(config, workdir):
+        raise FileNotFoundError(f"no file {config.data.path}; set data.path")
+
+    fake("recipes.preference", run=missing)
+    argv = [*TRAIN, "--workdir", str(tmp_path), "--config.data.path=nope.jsonl"]
+    assert cli.main(argv) == 1
+    assert "jaxreward train: error: no file nope.jsonl; set data.path" in capsys.readouterr().err
+    assert not (tmp_path / "config.json").exists()
+    assert run_once(fake, tmp_path) == 0
+
+
+def test_a_run_that_failed_later_keeps_its_config(fake, tmp_path):
+    """Catches a resume that is checked against nothing, since the config was taken away."""
+
+    def later(config, workdir):
+        (workdir / "checkpoints" / "2").mkdir(parents=True)
+        raise ValueError("the loss is not finite")
+
+    fake("recipes.preference", run=later)
+    assert cli.main([*TRAIN, "--workdir", str(tmp_path)]) == 1
+    assert (tmp_path / "config.json").exists()
+    assert run_once(fake, tmp_path, "--config.seed=1") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["train"], f"--config is missing; shipped configs: {NAME}"),
+        (["train", "--config", NAME], "--workdir is missing"),
+        (["train", "--config", "reward_model/bradly_terry"], f"did you mean {NAME}?"),
+        ([*TRAIN, "--config.losess.bt.coef=2"], "unknown key config.losess; did you mean losses?"),
+        ([*TRAIN, "--config.seed=x"], "config.seed: expected int, got 'x'"),
+        ([*TRAIN, "--config.seed"], "--config.seed has no value"),
+        ([*TRAIN, "--config.seed", "--debug"], "--config.seed has no value"),
+        ([*TRAIN, "--workdr=x"], "did you mean --workdir?"),
+        ([*TRAIN, "--work", "x"], "not understood: --work x"),
+        ([*TRAIN, "--workdir", "{file}"], "is a file; it must be a folder"),
+        ([*TRAIN, "--workdir", "{dir}", "--config.recipe=nope"], "recipes: no module 'nope'"),
+        ([*TRAIN, "--workdir", "{dir}", "--config.recipe="], "config.recipe is empty"),
+        (["trian"], "unknown command 'trian'; did you mean train? commands: train, evaluate"),
+        (["score", "--model", "m"], "the following arguments are required: --input, --output"),
+        (["generate", "--n", "0"], "argument --n: expected 1 or more, got 0"),
+        (["generate", "--temperature", "nan"], "expected a finite number, 0 or more"),
+        (["import", "--out", "o"], "expected either a HF_FOLDER or --from"),
+        (["import", "a", "--from", "smollm2", "--out", "o"], "and not both"),
+        (["import", "--from", "gpt", "--out", "o"], "invalid choice: 'gpt'"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_2_with_one_clear_message(argv, text, tmp_path, capsys):
+    """Catches tracebacks, silence and the wrong exit code for what the user got wrong."""
+    (tmp_path / "file").write_text("")
+    argv = [a.format(file=tmp_path / "file", dir=tmp_path / "dir") for a in argv]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ": error: " in err and text in err and "Traceback" not in err
+
+
+def test_a_damaged_config_json_is_exit_2(fake, tmp_path, capsys):
+    """Catches a JSON error without the file's name, and a run started over it."""
+    calls = fake("recipes.preference", run=None)
+    (tmp_path / "config.json").write_text("{")
+    assert cli.main([*TRAIN, "--workdir", str(tmp_path)]) == 2
+    assert "config.json is not the JSON of a config" in capsys.readouterr().err
+    assert calls == []
+
+
+def test_no_command_shows_the_help(capsys):
+    """Catches an empty command line that does nothing and says nothing."""
+    assert cli.main([]) == 2
+    assert "commands:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", list(cli._COMMANDS))
+def test_the_help_of_a_command_has_an_example_that_parses(command, capsys):
+    """Catches an example that its own command refuses."""
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    example = text.split("example:\n")[1].replace("\\\n", " ").split()
+    assert example[:2] == ["jaxreward", command]
+    assert cli._parse(example[1:]).command == command
+
+
+def boom(error):
+    def run(*args, **kwargs):
+        raise error
+
+    return run
+
+
+REPORT = ["report", "--workdir", "w"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ValueError("bad row 3"), 1, "jaxreward report: error: bad row 3\n"),
+        (KeyError("no key 'x' in y"), 1, "jaxreward report: error: no key 'x' in y\n"),
+        (KeyError("x"), 1, "jaxreward report: error: KeyError: x\n"),
+        (FileNotFoundError("no file f; give one"), 1, "error: no file f; give one\n"),
+        (PermissionError(13, "Permission denied", "f"), 1, "Permission denied: 'f'\n"),
+        (ImportError("needs the package gguf: install it"), 1, "error: needs the package gguf"),
+        (KeyboardInterrupt(), 130, "jaxreward report: interrupted\n"),
+    ],
+)
+def test_the_users_errors_are_one_message_and_an_exit_code(fake, capsys, error, code, text):
+    """Catches tracebacks for what a user can put right, and codes that scripts misread."""
+    fake("report.page", write=boom(error))
+    assert cli.main(REPORT) == code
+    err = capsys.readouterr().err
+    assert text in err and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(fake, capsys):
+    """Catches a --debug flag that does nothing."""
+    fake("report.page", write=boom(ValueError("bad row")))
+    assert cli.main([*REPORT, "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith("jaxreward report: error: bad row\n")
+
+
+def test_a_bug_is_not_dressed_up_as_the_users_error(fake):
+    """Catches a handler so broad that it hides programming errors."""
+    fake("report.page", write=boom(TypeError("bug")))
+    with pytest.raises(TypeError, match="bug"):
+        cli.main(REPORT)
+
+
+def test_evaluate_prints_the_result_as_json(fake, capsys):
+    """Catches arguments in the wrong place and NumPy numbers that json refuses."""
+    import numpy as np
+
+    calls = fake("recipes.evaluate", evaluate={"metrics": {"accuracy": np.float32(0.5)}})
+    argv = ["evaluate", "--model", "m", "--data", "d.jsonl", "--output", "o.json"]
+    assert cli.main([*argv, "--name", "mine", "--batch", "4"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"metrics": {"accuracy": 0.5}}
+    kwargs = {"output": Path("o.json"), "name": "mine", "batch": 4}
+    assert calls == [("evaluate", (Path("m"), Path("d.jsonl")), kwargs)]
+
+
+def test_score_through_pipes_leaves_standard_output_to_the_scores(fake, capsys):
+    """Catches "-" taken for a file name, and a line of ours between the scores."""
+    calls = fake("recipes.evaluate", score=lambda *a, **k: print('{"score": 1}'))
+    assert cli.main(["score", "--model", "m", "--input", "-", "--output", "-"]) == 0
+    assert capsys.readouterr().out == '{"score": 1}\n'
+    assert calls == [("score", (Path("m"), "-", "-"), {"template": "auto"})]
+
+
+def test_score_passes_batch_and_template(fake):
+    """Catches flags that are parsed and dropped."""
+    calls = fake("recipes.evaluate", score=None)
+    argv = ["score", "--model", "m", "--input", "i", "--output", "o", "--batch", "2"]
+    assert cli.main([*argv, "--template", "plain"]) == 0
+    kwargs = {"template": "plain", "batch": 2}
+    assert calls == [("score", (Path("m"), Path("i"), Path("o")), kwargs)]
+
+
+def test_generate_passes_its_settings(fake):
+    """Catches a default that differs from the documented one, and flags that are dropped."""
+    calls = fake("recipes.generate", run=None)
+    argv = ["generate", "--model", "m", "--input", "i", "--output", "o"]
+    assert cli.main(argv) == 0
+    more = ["--n", "2", "--temperature", "0", "--max_new", "8", "--seed", "5", "--batch", "16"]
+    assert cli.main([*argv, *more]) == 0
+    first = {"n": 4, "temperature": 0.8, "max_new": 64, "seed": 0, "batch": 64}
+    second = {"n": 2, "temperature": 0.0, "max_new": 8, "seed": 5, "batch": 16}
+    place = (Path("m"), Path("i"), Path("o"))
+    assert calls == [("run", place, first), ("run", place, second)]
+
+
+def test_import_goes_to_the_folder_or_to_the_package(fake, capsys):
+    """Catches the two sources being mixed up."""
+    calls = fake("hub.gguf", import_smollm2=None)
+    assert fake("hub.load", import_folder=None) is calls
+    assert cli.main(["import", "--from", "smollm2", "--out", "o"]) == 0
+    assert cli.main(["import", "hf", "--out", "o"]) == 0
+    assert calls == [
+        ("import_smollm2", (Path("o"),), {}),
+        ("import_folder", (Path("hf"), Path("o")), {}),
+    ]
+    assert capsys.readouterr().out == "wrote o\nwrote o\n"
+
+
+def test_export_and_report_call_theirs(fake, capsys):
+    """Catches arguments in the wrong order."""
+    calls = fake("recipes.export", run=None)
+    fake("report.page", write=None)
+    assert cli.main(["export", "--model", "w", "--out", "o", "--dtype", "bfloat16"]) == 0
+    assert cli.main(["report", "--workdir", "w"]) == 0
+    assert cli.main(["report", "--workdir", "w", "--out", "p.html"]) == 0
+    assert calls == [
+        ("run", (Path("w"), Path("o")), {"dtype": "bfloat16"}),
+        ("write", (Path("w"), Path("w/report.html")), {}),
+        ("write", (Path("w"), Path("p.html")), {}),
+    ]
+
+
+def test_distributed_start_comes_first_and_only_when_asked(fake, monkeypatch, tmp_path, capsys):
+    """Catches processes that train alone, and a laptop that waits for a coordinator."""
+    import jax
+
+    order = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: order.append("initialize"))
+    fake("recipes.preference", run=lambda *_: order.append("run"))
+    argv = [*TRAIN, "--workdir", str(tmp_path)]
+    monkeypatch.setenv("JAXREWARD_DISTRIBUTED", "0")
+    assert cli.main(argv) == 0
+    monkeypatch.setenv("JAXREWARD_DISTRIBUTED", "1")
+    assert cli.main(argv) == 0
+    assert order == ["run", "initialize", "run"]
+    monkeypatch.setenv("JAXREWARD_DISTRIBUTED", "yes")
+    assert cli.main(argv) == 2
+    assert "JAXREWARD_DISTRIBUTED: expected 1, 0 or nothing, got 'yes'" in capsys.readouterr().err
+
+
+def test_help_and_print_config_import_no_jax():
+    """Catches an import that makes --help slow or claims a device."""
+    code = (
+        "import sys; from jaxreward import cli; codes = ["
+        "cli.main(['--version']), cli.main(['--help']), cli.main(['train', '--help']), "
+        f"cli.main(['train', '--config', '{NAME}', '--print_config'])]; "
+        "heavy = {'jax', 'numpy', 'flax', 'orbax', 'transformers', 'grain'}; "
+        "print(codes, sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stderr.strip() == "[0, 0, 0, 0] []"
+
+
+def test_the_module_runs_as_a_program():
+    """Catches an entry point that drops the exit code or shows a traceback."""
+    argv = [sys.executable, "-W", "error", "-m", "jaxreward", "trian"]
+    out = subprocess.run(argv, capture_output=True, text=True)
+    assert out.returncode == 2
+    assert "did you mean train?" in out.stderr and "Traceback" not in out.stderr

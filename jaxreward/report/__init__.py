@@ -1,0 +1,1 @@
+"""Layer 4: a workdir's metrics and evaluations as one self-contained page."""

@@ -1,0 +1,288 @@
+"""What is done with a trained reward model: score, evaluate, export. No training."""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxreward import presets
+from jaxreward.data import pairs, sources, tokenize
+from jaxreward.evals import pairwise, scorer
+from jaxreward.hub import export as hub_export
+from jaxreward.hub import load
+from jaxreward.models import lora, trainable
+from jaxreward.parallel import mesh, rules
+from jaxreward.parallel import specs as sp
+from jaxreward.train import checkpoint
+
+PyTree = Any
+
+
+@dataclasses.dataclass
+class Model:
+    """A reward model ready to score.
+
+    Attributes:
+      plan, params, frozen: As in training; for a Hugging Face folder everything is in `params`.
+      tokenizer: Its tokenizer. folder: Where tokenizer and untrained weights come from.
+      template: "chat" or "plain". max_len: Longest input, or None.
+      protocol: Facts that belong beside any number it gives.
+      predict: trees -> one float32 array of scores per tree.
+    """
+
+    plan: trainable.Plan
+    params: PyTree
+    frozen: PyTree
+    tokenizer: tokenize.Tokenizer
+    folder: Path
+    template: str
+    max_len: int | None
+    protocol: dict
+    predict: Any
+
+
+def _where():
+    found = rules.Rules(mesh.make_mesh())
+    return None if found.mesh.size == 1 else found
+
+
+def _from_folder(folder: Path, where):
+    cfg, weights, score = load.load(folder, rules=where)
+    if score is None:
+        raise ValueError(
+            f"{folder} has no score head (score.weight): it is a language model, not a reward "
+            "model. Train one with `jaxreward train`, or give a *ForSequenceClassification folder"
+        )
+    plan = trainable.Plan(cfg, "all", scores=score["kernel"].shape[1])
+    params, frozen = trainable.init(plan, weights, jax.random.key(0), score=score, rules=where)
+    made = load.read_config(folder).get("jaxreward") or {}
+    return plan, params, frozen, folder, made.get("template", "auto"), made.get("max_len")
+
+
+def _from_workdir(workdir: Path, where):
+    config = presets.read(workdir / "config.json")
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        meta = checkpoints.meta()
+        folder = Path(meta["init"])
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{workdir} was trained from {folder}, which does not exist any more; its frozen "
+                "weights and tokenizer are needed. Export a run to make it stand alone"
+            )
+        found = load.content_hash(folder)
+        if found != meta["init_sha256"]:
+            raise ValueError(
+                f"{folder} has changed since {workdir} was trained from it (sha256 {found[:12]}, "
+                f"expected {meta['init_sha256'][:12]}); put the old folder back"
+            )
+        cfg, weights, _ = load.load(folder, rules=where)
+        cfg = dataclasses.replace(cfg, compute=config.train.compute)
+        model = config.models.policy
+        adapters = None
+        if model.train == "lora":
+            adapters = lora.Config(model.lora_rank, float(model.lora_alpha), model.lora_targets)
+        plan = trainable.Plan(cfg, model.train, model.top_layers, adapters)
+        _, frozen = trainable.split(plan, weights)
+        del weights
+        described = trainable.param_specs(plan)
+        like = sp.abstract(described, rules=where)
+        if where is None:
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
+            )
+        params = checkpoints.params(like)
+    return plan, params, frozen, folder, meta["template"], meta["max_len"]
+
+
+def load_model(model: str | Path, *, template: str = "auto", batch: int = 8) -> Model:
+    """Loads a reward model from a workdir (newest checkpoint) or a Hugging Face folder.
+
+    Args:
+      model: The folder.
+      template: "chat" or "plain" overrides what the model recorded; "auto" takes it.
+      batch: Rows that run at a time.
+
+    Raises:
+      FileNotFoundError, ValueError: saying what is missing or does not fit.
+    """
+    model = Path(model)
+    where = _where()
+    if checkpoint.is_workdir(model):
+        got = _from_workdir(model, where)
+    else:
+        got = _from_folder(model, where)
+    plan, params, frozen, folder, recorded, max_len = got
+    tokenizer = tokenize.load_tokenizer(folder)
+    if template == "auto":
+        template = recorded
+    template = tokenize.chosen_template(tokenizer, template)
+    predict = scorer.make_predict(plan, rules=where, batch=batch)
+    return Model(
+        plan,
+        params,
+        frozen,
+        tokenizer,
+        folder,
+        template,
+        max_len,
+        {
+            "model": str(model),
+            "template": template,
+            "max_len": max_len,
+            "compute": plan.cfg.compute,
+            "truncation": "beginning of the prompt",
+        },
+        functools.partial(predict, params, frozen),
+    )
+
+
+def score(
+    model: str | Path,
+    input: str | Path,
+    output: str | Path,
+    *,
+    template: str = "auto",
+    batch: int = 8,
+) -> None:
+    """Adds `score`, or `chosen_score` and `rejected_score`, to every line of a JSONL file.
+
+    Lines keep their order and their other fields. "-" is standard input or output; nothing but
+    records goes to standard output.
+
+    Raises:
+      ValueError: naming file:line:field of a line that cannot be scored, before anything is written.
+    """
+    records = sources.read_answers(input)
+    loaded = load_model(model, template=template, batch=batch)
+    trees = []
+    for record in records:
+        try:
+            trees.append(
+                tokenize.encode_tree(
+                    loaded.tokenizer,
+                    record["prompt"],
+                    record["answers"],
+                    template=loaded.template,
+                    max_len=loaded.max_len,
+                    id=record["id"],
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"{input}: record {record['id']!r}: {error}") from error
+    cut = sum(1 for tree in trees if tree.truncated)
+    if cut:
+        print(
+            f"{cut} of {len(trees)} records were longer than {loaded.max_len} tokens and lost the "
+            "beginning of their prompt",
+            file=sys.stderr,
+        )
+    out = []
+    for record, scores in zip(records, loaded.predict(trees)):
+        row = dict(record["row"])
+        pair = len(record["names"]) == 2
+        for name, value in zip(record["names"], scores):
+            row[f"{name}_score" if pair else "score"] = float(value)
+        out.append(row)
+    sources.write_jsonl(output, out)
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    output: str | Path | None = None,
+    name: str = "heldout",
+    batch: int = 8,
+) -> dict:
+    """Accuracy on a file of pairs, whole and by subset, with 95 % intervals over prompts.
+
+    Args:
+      model: A workdir or a Hugging Face folder.
+      data: JSONL pairs.
+      output: Where the result goes; default `<workdir>/evals/<name>.json` for a workdir, and
+        nowhere for a Hugging Face folder.
+      name: Of the evaluation.
+      batch: Rows that run at a time.
+
+    Returns:
+      {"name", "protocol", "metrics"} as written.
+    """
+    records, report = sources.read_pairs(data)
+    loaded = load_model(model, batch=batch)
+    trees, counts = pairs.encode_pairs(
+        loaded.tokenizer, records, template=loaded.template, max_len=loaded.max_len
+    )
+    found = pairwise.outcomes(trees, loaded.predict(trees))
+    metrics = {}
+    for metric, value in pairwise.measures(found, samples=2000):
+        if isinstance(value, tuple):
+            value = dict(zip(("value", "low", "high"), value))
+        metrics[metric] = value
+    result = {
+        "name": name,
+        "protocol": {
+            **loaded.protocol,
+            "data": str(data),
+            "sha256": sources.data_hash(data),
+            "read": report["read"],
+            "truncated": counts["truncated"],
+            "intervals": "95 %, prompts resampled 2000 times",
+        },
+        "metrics": metrics,
+    }
+    if output is None and checkpoint.is_workdir(model):
+        output = Path(model) / "evals" / f"{name}.json"
+    if output is not None:
+        write_json(output, result)
+    return result
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    """Writes JSON that appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
+
+
+def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
+    """Writes a run's newest checkpoint as a Hugging Face folder that stands alone.
+
+    Adapters are merged and frozen parts put back; tokenizer and chat template are kept.
+
+    Args:
+      workdir: A run of the preference recipe.
+      out: New folder.
+      dtype: float32, bfloat16 or float16.
+
+    Raises:
+      ValueError, FileNotFoundError: saying what is missing or in the way.
+    """
+    if not checkpoint.is_workdir(workdir):
+        raise ValueError(
+            f"{workdir} is not a workdir (no config.json with a recipe); export takes the folder "
+            "that was given to `jaxreward train --workdir`"
+        )
+    loaded = load_model(workdir)
+    whole, head = trainable.join(loaded.plan, loaded.params, loaded.frozen)
+    plain_bos = loaded.tokenizer.bos_id if loaded.tokenizer.adds_bos else None
+    return hub_export.write(
+        out,
+        loaded.plan.cfg,
+        whole,
+        source=loaded.folder,
+        score=head,
+        template=loaded.template,
+        max_len=loaded.max_len,
+        adds_bos=plain_bos,
+        dtype=dtype,
+        about="A scalar reward model trained on preference pairs.",
+        origin=f"Initial weights: {loaded.folder.name}. What was trained: {loaded.plan.train}.",
+    )

@@ -1,0 +1,162 @@
+"""Answers to prompts from a language model, in resumable chunks."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreward.data import sources, tokenize
+from jaxreward.hub import load
+from jaxreward.parallel import mesh, rules
+from jaxreward.sampling import autoregressive, choose
+from jaxreward.train import writers
+
+
+def run(
+    model: str | Path,
+    input: str | Path,
+    output: str | Path,
+    *,
+    n: int = 4,
+    temperature: float = 0.8,
+    max_new: int = 64,
+    seed: int = 0,
+    batch: int = 64,
+) -> None:
+    """Samples `n` answers to every prompt of a JSONL file.
+
+    Each output line is the prompt's record with `answers`: a list of {"text", "tokens" (count),
+    "logp" (sum of log-probabilities under the untempered model), "finished"}. An answer depends
+    on its prompt, its number and the seed, not on the batch it was computed in. Interrupted, the
+    same command goes on after the last finished batch.
+
+    Args:
+      model: Hugging Face folder of a language model.
+      input: JSONL with `prompt` (text or messages). output: JSONL; "-" is standard output.
+      n: Answers per prompt. temperature: 0 = greedy. max_new: Most tokens of an answer.
+      seed: Of the sampling. batch: Answers computed together.
+
+    Raises:
+      ValueError, FileNotFoundError: saying what does not fit.
+    """
+    if n < 1 or max_new < 1 or batch < 1:
+        raise ValueError(f"n, max_new and batch must be positive; received {n}, {max_new}, {batch}")
+    how = choose.make(temperature)
+    records = sources.read_prompts(input)
+    settings = {
+        "model": load.content_hash(model),
+        "n": n,
+        "temperature": temperature,
+        "max_new": max_new,
+        "seed": seed,
+        "prompts": hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest(),
+    }
+    partial = None if str(output) == "-" else Path(f"{output}.partial")
+    done = _resume(partial, settings)
+    if len(done) < len(records):
+        _sample(model, records, done, partial, how, n, max_new, seed, max(1, batch // n))
+    sources.write_jsonl(output, done)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+
+
+def _resume(partial, settings) -> list[dict]:
+    """Finished records of an interrupted run with the same settings; begins the file otherwise."""
+    if partial is None:
+        return []
+    lines = []
+    if partial.is_file():
+        for line in partial.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    if lines and lines[0] == settings:
+        print(f"{partial}: going on after {len(lines) - 1} prompts", file=sys.stderr)
+    else:
+        lines = [settings]
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    fresh = partial.with_suffix(".new")
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(fresh, partial)
+    return lines[1:]
+
+
+def _sample(model, records, done, partial, how, n, max_new, seed, prompts_at_once):
+    where = rules.Rules(mesh.make_mesh())
+    where = None if where.mesh.size == 1 else where
+    tokenizer = tokenize.load_tokenizer(model)
+    cfg, params, _ = load.load(model, rules=where)
+    encoded = [tokenize.encode_conversation(tokenizer, r["prompt"]).tokens for r in records]
+    longest = max(map(len, encoded))
+    if longest + max_new > cfg.max_len:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_new is {max_new}: together more than "
+            f"the model's {cfg.max_len}. Shorten the prompts or lower max_new"
+        )
+    if not tokenizer.eos_ids:
+        raise ValueError(f"{model} names no end-of-sequence token; answers would never end")
+    # One prompt length for all batches: one compiled program.
+    length = -(-longest // 16) * 16
+    stop = jnp.asarray(sorted(tokenizer.eos_ids), jnp.int32)
+    progress = writers.Progress(len(records), start=len(done), label="sample")
+    while len(done) < len(records):
+        first = len(done)
+        part = encoded[first : first + prompts_at_once]
+        tokens = np.zeros((prompts_at_once, length), np.int32)
+        mask = np.zeros((prompts_at_once, length), bool)
+        mask[len(part) :, -1] = True  # filler rows of the last batch attend to themselves
+        for row, ids in enumerate(part):
+            tokens[row, length - len(ids) :] = ids
+            mask[row, length - len(ids) :] = True
+        keys = jax.vmap(
+            lambda i, j: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), j)
+        )(
+            jnp.repeat(jnp.arange(first, first + prompts_at_once), n),
+            jnp.tile(jnp.arange(n), prompts_at_once),
+        )
+        got = autoregressive.sample(
+            params,
+            cfg,
+            tokens,
+            mask,
+            keys,
+            max_new=max_new,
+            choose=how,
+            stop=stop,
+            rules=where,
+            samples=n,
+        )
+        got = jax.tree.map(np.asarray, got)
+        for row in range(len(part)):
+            answers = []
+            for g in range(row * n, (row + 1) * n):
+                ids = got.tokens[g, : got.length[g]].tolist()
+                answers.append(
+                    {
+                        "text": tokenizer.decode(ids),
+                        "tokens": len(ids),
+                        "logp": float(got.full_logps[g].sum()),
+                        "finished": bool(got.finished[g]),
+                    }
+                )
+            record = records[first + row]
+            done.append(
+                {
+                    **{k: v for k, v in record.items() if k != "extra"},
+                    **record.get("extra", {}),
+                    "answers": answers,
+                }
+            )
+        if partial is not None:
+            with partial.open("a") as file:
+                file.writelines(json.dumps(r) + "\n" for r in done[first:])
+                file.flush()
+                os.fsync(file.fileno())
+        progress.update(len(done))
+    progress.close()

@@ -60,8 +60,13 @@ def train(args):
     _distributed()
     if fresh or changed:
         presets.save(config, path)
+    # Not above: it imports jax, which the recipe has done by now.
+    from jaxreward.train.loop import Stopped
+
     try:
         run(config, args.workdir)
+    except Stopped as stop:
+        print(f"jaxreward train: {stop}", file=sys.stderr)
     except BaseException:
         # A run that failed before it did anything must not hold the next one to its config, which
         # may be what was wrong.
@@ -368,8 +373,8 @@ def main(argv=None):
       argv: The command line without the program's name; sys.argv's by default.
 
     Returns:
-      The exit code: 0 done, 1 the command failed, 2 wrong command line or config, 130 interrupted.
-      An error that is not the user's is raised as it is.
+      The exit code: 0 done (or stopped by SIGTERM, to go on later), 1 the command failed, 2 wrong
+      command line or config, 130 interrupted. An error that is not the user's is raised as it is.
     """
     try:
         args = _parse(list(sys.argv[1:] if argv is None else argv))
@@ -381,8 +386,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"{where}: interrupted", file=sys.stderr)
         return 130
-    except (UsageError, ValueError, KeyError, OSError, ImportError) as error:
+    except (UsageError, ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
         # ImportError: an optional package is missing, and the text says how to install it.
+        # FloatingPointError: a run diverged, and the text says where and what to change.
         usage = isinstance(error, UsageError)
         if args.debug:
             traceback.print_exc()

@@ -36,7 +36,7 @@ def tiny_config(**changes) -> decoder.Config:
 
 
 def write_tokenizer(folder: str | Path) -> Path:
-    """Writes a byte-level tokenizer with ChatML: three special tokens (ids 0-2), then the 256 bytes."""
+    """Writes a byte-level tokenizer with ChatML: special tokens 0 to 2, then the 256 bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     folder = Path(folder)

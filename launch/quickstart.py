@@ -27,13 +27,13 @@ from jaxreward.evals import best_of_n
 from jaxreward.rewards.final_number import final_number
 
 SEED = 0
-# Task, problems. One-digit sums and products are used up (155 and 55 distinct); the rest has two
-# digits, where SmolLM2 is mostly wrong.
-TASKS = (("chain_sum_1", 155), ("products_1", 55), ("chain_sum_2", 60))
+# Task, problems. All one-digit sums and products (3 + 5 and 5 + 3 are two problems, on one side of
+# the split), and a few with two digits, where SmolLM2 is mostly wrong.
+TASKS = (("chain_sum_1", 200), ("products_1", 100), ("chain_sum_2", 20))
 HELD_OUT = 0.4
 ANSWERS = 6
 BEST_OF = 4
-MAX_NEW = 32
+MAX_NEW = 28
 SELECTORS = {
     "trained": "trained reward model",
     "untrained": "untrained head",
@@ -66,11 +66,11 @@ def command(*words):
 
 
 def write_problems(path, train_path, test_path):
-    """Problems of all tasks, each once whatever the order of its operands, split by problem."""
+    """Problems of all tasks, each once, split so that a sum and its mirror image stay together."""
     found = {}
     for task, count in TASKS:
-        for problem in reasoning_gym.problems(task, count=count, seed=SEED):
-            found.setdefault(problem["key"], problem)
+        for problem in reasoning_gym.problems(task, count=count, seed=SEED, both_orders=True):
+            found.setdefault(problem["prompt"], problem)
     train, test = reasoning_gym.split(list(found.values()), fraction=HELD_OUT, seed=SEED)
     sources.write_jsonl(train_path, train)
     sources.write_jsonl(test_path, test)
@@ -178,23 +178,24 @@ def report_numbers(run, records, problems):
     values = best_of_n.per_problem(problems, list(SELECTORS), n=BEST_OF)
     names = {"mean": "mean answer", **SELECTORS, "majority": "majority vote", "oracle": "oracle"}
     pairs = {name: best_of_n.pair_accuracy(problems, name)[0] for name in SELECTORS}
-    rows = {name: best_of_n.interval(values[name]) for name in names}
-    pair_rows = {name: best_of_n.interval(pairs[name]) for name in SELECTORS}
+    mixed = best_of_n.pair_accuracy(problems, "trained")[1]
+    # 3 + 5 and 5 + 3 are drawn together when problems are resampled.
+    keys = np.array([record["key"] for record in records])
+    rows = {name: best_of_n.interval(values[name], keys) for name in names}
+    pair_rows = {name: best_of_n.interval(pairs[name], keys[mixed]) for name in SELECTORS}
     paired = []
     for other in ("untrained", "length", "logp"):
-        for metric, found in (("pair accuracy", pairs), (f"best of {BEST_OF}", values)):
-            difference = best_of_n.paired(found["trained"], found[other])
-            paired.append(
-                {"a": names["trained"], "b": names[other], "metric": metric, **difference}
-            )
+        for metric, found, groups in (
+            ("pair accuracy", pairs, keys[mixed]),
+            (f"best of {BEST_OF}", values, keys),
+        ):
+            gap = best_of_n.paired(found["trained"], found[other], groups)
+            paired.append({"a": names["trained"], "b": names[other], "metric": metric, **gap})
     recovered = best_of_n.recovered(values, "trained")
 
     show = lambda row: f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-    mixed = len(pairs["trained"])
-    print(
-        f"\n{len(problems)} unseen problems, {ANSWERS} answers each; pair accuracy over the {mixed}"
-    )
-    print("with right and wrong answers. 95 % intervals, problems resampled.\n")
+    print(f"\n{len(problems)} unseen problems, {ANSWERS} answers each; pair accuracy over the")
+    print(f"{len(mixed)} with right and wrong answers. 95 % intervals, problems resampled.\n")
     print(f"{'':<22} {'pair accuracy':<24} best of {BEST_OF}")
     for name, title in names.items():
         pair = show(pair_rows[name]) if name in pair_rows else ""
@@ -220,7 +221,7 @@ def report_numbers(run, records, problems):
     (run / "evals" / f"best_of_{BEST_OF}.json").write_text(json.dumps(best, indent=1))
     accuracy = {
         "name": "unseen_pairs",
-        "protocol": {"problems": mixed, "weights": "problems equal", "ties": "one half"},
+        "protocol": {"problems": len(mixed), "weights": "problems equal", "ties": "one half"},
         "metrics": {f"accuracy, {names[name]}": row for name, row in pair_rows.items()},
     }
     (run / "evals" / "unseen_pairs.json").write_text(json.dumps(accuracy, indent=1))
@@ -267,10 +268,8 @@ def main(workdir):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     workdir.mkdir(parents=True, exist_ok=True)
     base, run, exported = workdir / "smollm2", workdir / "run", workdir / "reward_model"
-    at = {
-        name: workdir / f"{name}.jsonl"
-        for name in ("problems", "train", "test", "answers", "pairs")
-    }
+    files = ("problems", "train", "test", "answers", "pairs")
+    at = {name: workdir / f"{name}.jsonl" for name in files}
     config = "quickstart/arithmetic"
     settings = (f"--config.models.policy.init=hf:{base}", f"--config.data.path={at['pairs']}")
     keys = lambda part: {row["key"] for _, row in sources.read_jsonl(at[part])}

@@ -44,3 +44,11 @@ def require():
         pytest.skip(text)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A random tiny language model as a Hugging Face folder, to be read and not written into."""
+    from jaxreward.hub import export
+
+    return export.write_tiny(tmp_path_factory.mktemp("tiny") / "model")

@@ -114,6 +114,34 @@ def test_a_run_by_epochs_does_not_become_one_by_steps(fake, tmp_path):
     assert run_once(fake, tmp_path, "--config.train.steps=40") == 2
 
 
+def test_a_run_stopped_by_sigterm_is_no_failure(fake, tmp_path, capsys):
+    """Catches a scheduler that counts preemption as a crash, and a workdir that cannot go on."""
+    from jaxreward.train.loop import Stopped
+
+    def stopped(config, workdir):
+        raise Stopped("stopped by SIGTERM at step 3 of 8; the same command goes on from here")
+
+    fake("recipes.preference", run=stopped)
+    assert cli.main([*TRAIN, "--workdir", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    text = "stopped by SIGTERM at step 3 of 8; the same command goes on from here"
+    assert (out, err) == ("", f"jaxreward train: {text}\n")
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_run_that_diverged_is_one_message(fake, tmp_path, capsys):
+    """Catches a traceback where the message says what happened and what to change."""
+
+    def diverged(config, workdir):
+        raise FloatingPointError("loss not finite between steps 1 and 2; lower optim.lr")
+
+    fake("recipes.preference", run=diverged)
+    assert cli.main([*TRAIN, "--workdir", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("jaxreward train: error: loss not finite between steps 1 and 2; lower")
+    assert "Traceback" not in err
+
+
 def test_a_run_that_failed_at_once_does_not_bind_the_next(fake, tmp_path, capsys):
     """Catches a workdir spoilt by a misspelt data path, with nothing trained in it."""
 
@@ -144,7 +172,7 @@ def test_a_run_that_failed_later_keeps_its_config(fake, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["train"], f"--config is missing; shipped configs: {NAME}"),
+        (["train"], "--config is missing; shipped configs: "),
         (["train", "--config", NAME], "--workdir is missing"),
         (["train", "--config", "reward_model/bradly_terry"], f"did you mean {NAME}?"),
         ([*TRAIN, "--config.losess.bt.coef=2"], "unknown key config.losess; did you mean losses?"),
@@ -302,13 +330,13 @@ def test_import_goes_to_the_folder_or_to_the_package(fake, capsys):
 
 def test_export_and_report_call_theirs(fake, capsys):
     """Catches arguments in the wrong order."""
-    calls = fake("recipes.export", run=None)
+    calls = fake("recipes.evaluate", export=None)
     fake("report.page", write=None)
     assert cli.main(["export", "--model", "w", "--out", "o", "--dtype", "bfloat16"]) == 0
     assert cli.main(["report", "--workdir", "w"]) == 0
     assert cli.main(["report", "--workdir", "w", "--out", "p.html"]) == 0
     assert calls == [
-        ("run", (Path("w"), Path("o")), {"dtype": "bfloat16"}),
+        ("export", (Path("w"), Path("o")), {"dtype": "bfloat16"}),
         ("write", (Path("w"), Path("w/report.html")), {}),
         ("write", (Path("w"), Path("p.html")), {}),
     ]

@@ -36,14 +36,16 @@ def std(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis=None, ddof=0):
 
     The gradient at zero spread is 0 (the square root is taken of a safe value).
     """
+    # Hidden values leave before the square: 0 times its slope at a NaN would be a NaN gradient.
+    x = jnp.where(mask, x.astype(jnp.float32), 0.0)
     centre = mean(x, mask, axis=axis)
     if axis is not None:
         centre = jnp.expand_dims(centre, axis)
-    squares = total(jnp.square(x.astype(jnp.float32) - centre), mask, axis=axis)
+    squares = total(jnp.square(x - centre), mask, axis=axis)
     count = jnp.sum(jnp.broadcast_to(mask, x.shape), axis=axis, dtype=jnp.float32)
     variance = safe_divide(squares, jnp.maximum(count - ddof, 0))
-    positive = variance > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    flat = variance == 0  # not "variance > 0", which would turn a NaN into 0
+    return jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, variance)))
 
 
 def pick(x: Float[Array, "B T *rest"], index: Int[Array, "B K"]):

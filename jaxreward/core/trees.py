@@ -15,9 +15,19 @@ def _name(path):
 
 
 def flatten(tree: PyTree, *, is_leaf: Callable | None = None) -> dict[str, Any]:
-    """{"layers/attn/q/kernel": leaf, ...} in the tree's own order."""
+    """{"layers/attn/q/kernel": leaf, ...} in the tree's own order.
+
+    Raises:
+      ValueError: if two leaves get one name, as those of {"a/b": 1, "a": {"b": 2}} would.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return {_name(path): leaf for path, leaf in leaves}
+    flat: dict[str, Any] = {}
+    for path, leaf in leaves:
+        name = _name(path)
+        if name in flat:
+            raise ValueError(f"two leaves are both named {name!r}; use keys without '/'")
+        flat[name] = leaf
+    return flat
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
@@ -51,7 +61,7 @@ def matching(tree: PyTree, pattern: str) -> PyTree:
     """A tree of bools: does the whole path match the regular expression?
 
     Raises:
-      ValueError: if the pattern matches no leaf, since a mask that hits nothing is a typing mistake.
+      ValueError: if the pattern matches no leaf: a mask that hits nothing is a typing mistake.
     """
     regex = re.compile(pattern)
     flat = flatten(tree)
@@ -76,7 +86,7 @@ def merge(*trees: Mapping[str, Any]) -> dict:
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
-    """A PRNG key that depends on the path alone, so that adding a leaf leaves the others as they are."""
+    """A PRNG key that depends on the path alone: adding a leaf leaves the others as they are."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 

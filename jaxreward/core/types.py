@@ -88,13 +88,24 @@ class PairRows(Rows):
         """As `Rows.validate`, and that ends and pairs point at something real."""
         _rows(self)
         B, T = self.tokens.shape
-        for name, rank in (("ends", 2), ("pairs", 3), ("margin", 2), ("weight", 2)):
+        for name, rank, kind in (
+            ("ends", 2, np.integer),
+            ("pairs", 3, np.integer),
+            ("margin", 2, np.floating),
+            ("weight", 2, np.floating),
+        ):
             value = getattr(self, name)
             if value is None or value.ndim != rank or value.shape[0] != B:
                 raise ValueError(
                     f"PairRows.{name} must have {rank} dimensions and {B} rows; "
                     f"received {None if value is None else value.shape}"
                 )
+            if not jax.numpy.issubdtype(value.dtype, kind):
+                raise ValueError(f"PairRows.{name} must be {kind.__name__}; received {value.dtype}")
+        if self.pairs.shape[2] != 2:
+            raise ValueError(
+                f"PairRows.pairs must end in (chosen, rejected); received {self.pairs.shape}"
+            )
         if self.margin.shape != self.pairs.shape[:2] or self.weight.shape != self.pairs.shape[:2]:
             raise ValueError(
                 f"PairRows.margin {self.margin.shape} and weight {self.weight.shape} must have "
@@ -105,9 +116,13 @@ class PairRows(Rows):
         ends, pairs, weight = (np.asarray(x) for x in (self.ends, self.pairs, self.weight))
         K = ends.shape[1]
         if (ends >= T).any() or (ends < -1).any():
-            raise ValueError(f"PairRows.ends must lie in -1..{T - 1}; received {ends.max()}")
+            raise ValueError(
+                f"PairRows.ends must lie in -1..{T - 1}; received {ends.min()}..{ends.max()}"
+            )
         if (pairs >= K).any() or (pairs < -1).any():
-            raise ValueError(f"PairRows.pairs must lie in -1..{K - 1}; received {pairs.max()}")
+            raise ValueError(
+                f"PairRows.pairs must lie in -1..{K - 1}; received {pairs.min()}..{pairs.max()}"
+            )
         live = weight != 0
         picked = np.take_along_axis(ends[:, None, :], np.maximum(pairs, 0), axis=2)
         if (live[..., None] & ((pairs < 0) | (picked < 0))).any():
@@ -123,6 +138,8 @@ def _concrete(*arrays):
 
 
 def _rows(rows):
+    if rows.tokens.ndim != 2:
+        raise ValueError(f"Rows.tokens must be [B, T]; received {list(rows.tokens.shape)}")
     B, T = rows.tokens.shape
     want = {
         "tokens": ((B, T), np.integer),
@@ -138,7 +155,7 @@ def _rows(rows):
                 f"Rows.{name} must be {kind.__name__}{list(shape)}; "
                 f"received {value.dtype}{list(value.shape)}"
             )
-    if rows.positions.ndim != 3 or rows.positions.shape[:2] != (B, T):
+    if rows.positions.shape not in ((B, T, 1), (B, T, 3)):
         raise ValueError(
             f"Rows.positions must be [{B}, {T}, R] with R = 1 or 3; "
             f"received {list(rows.positions.shape)}"

@@ -1,5 +1,7 @@
-"""Preference pairs to trees: pairs about one prompt are put together, so that it is computed once."""
+"""Preference pairs to trees: pairs about one prompt share its computation."""
 
+import collections
+import dataclasses
 import json
 import warnings
 
@@ -77,9 +79,9 @@ def encode_pairs(
     if on_long not in ("error", "skip"):
         raise ValueError(f'on_long must be "error" or "skip"; received {on_long!r}')
     trees, skipped = [], 0
-    pending = group(records, most=most)
+    pending = collections.deque(group(records, most=most))
     while pending:
-        entry = pending.pop(0)
+        entry = pending.popleft()
         try:
             tree = encode_tree(
                 tokenizer,
@@ -89,29 +91,22 @@ def encode_pairs(
                 max_len=max_len,
                 id=entry["id"],
             )
-        except AnswerTooLong as error:
-            if on_long == "error":
-                raise AnswerTooLong(f"pair {entry['id']!r}: {error}") from error
-            if len(entry["pairs"]) > 1:
-                # One long answer must not take the other pairs of its prompt along.
-                single = [records[i] for i in entry["records"]]
-                pending[:0] = [g for record in single for g in group([record])]
-                continue
-            skipped += 1
-            continue
         except ValueError as error:
-            raise ValueError(f"pair {entry['id']!r}: {error}") from error
+            if len(entry["pairs"]) > 1:
+                # One by one: a bad answer must not take the other pairs of its prompt along, and
+                # the message must name its own pair.
+                single = [group([records[i]])[0] for i in entry["records"]]
+                pending.extendleft(reversed(single))
+                continue
+            long = isinstance(error, AnswerTooLong)
+            if long and on_long == "skip":
+                skipped += 1
+                continue
+            kind = AnswerTooLong if long else ValueError
+            raise kind(f"pair {entry['id']!r}: {error}") from error
         trees.append(
-            Tree(
-                **{
-                    **{name: getattr(tree, name) for name in ("prompt", "answers", "loss")},
-                    "id": entry["id"],
-                    "pairs": entry["pairs"],
-                    "margin": entry["margin"],
-                    "weight": entry["weight"],
-                    "subset": entry["subset"],
-                    "truncated": tree.truncated,
-                }
+            dataclasses.replace(
+                tree, **{key: entry[key] for key in ("pairs", "margin", "weight", "subset")}
             )
         )
     cut = [tree.truncated for tree in trees if tree.truncated]

@@ -280,6 +280,11 @@ def encode_tree(tokenizer, prompt, answers, *, template="auto", max_len=None, id
         encode_conversation(tokenizer, prompt, answer, template=template, max_len=max_len)
         for answer in answers
     ]
+    if not all(row.tokens for row in rows):
+        raise ValueError(
+            f"tree {id!r}: prompt and answer are empty and the tokenizer has no EOS, so that there "
+            "is no token to score; leave such rows out"
+        )
     trunk = min(min(row.prompt_len, len(row.tokens) - 1) for row in rows)
     trunk = _common([row.tokens[:trunk] for row in rows])
     return Tree(

@@ -104,15 +104,28 @@ def pair_accuracy(problems: Sequence[Mapping], selector: str) -> tuple[np.ndarra
     return np.asarray(shares), np.asarray(where, int)
 
 
-def interval(values: np.ndarray, *, samples: int = 10_000, seed: int = 0) -> dict[str, float]:
-    """{"value", "low", "high"}: mean over problems with a 95 % interval."""
-    mean, low, high = bootstrap(values, np.arange(len(values)), samples=samples, seed=seed)
+def interval(
+    values: np.ndarray,
+    groups: Sequence | None = None,
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """{"value", "low", "high"}: mean over problems with a 95 % interval.
+
+    Args:
+      values: One per problem.
+      groups: Problems of one group are drawn together, such as 3 + 5 and 5 + 3; default each alone.
+      samples, seed: Of the resampling.
+    """
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    mean, low, high = bootstrap(values, groups, samples=samples, seed=seed)
     return {"value": mean, "low": low, "high": high}
 
 
-def paired(a: np.ndarray, b: np.ndarray, *, samples: int = 10_000, seed: int = 0) -> dict:
-    """{"difference", "low", "high"} of two selectors over the same problems."""
-    got = interval(np.asarray(a) - np.asarray(b), samples=samples, seed=seed)
+def paired(a: np.ndarray, b: np.ndarray, groups: Sequence | None = None, **kw) -> dict:
+    """{"difference", "low", "high"} of two selectors over the same problems; see `interval`."""
+    got = interval(np.asarray(a) - np.asarray(b), groups, **kw)
     return {"difference": got["value"], "low": got["low"], "high": got["high"]}
 
 

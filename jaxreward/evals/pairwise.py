@@ -65,8 +65,8 @@ def accuracy(
     predict: Callable[[list[Tree]], list[np.ndarray]], trees: list[Tree], **kw: Any
 ) -> Iterator[tuple[str, float]]:
     """Yields "accuracy" (ties count one half), "margin" (mean score gap), "loss" (mean
-    Bradley-Terry loss), "pairs", and "accuracy/<subset>" for every named subset. Pairs count by
-    their weight.
+    Bradley-Terry loss), "pairs" (those with weight), and "accuracy/<subset>" for every named
+    subset. Pairs count by their weight.
     """
     for name, value in measures(outcomes(trees, predict(trees)), **kw):
         yield name, value[0] if isinstance(value, tuple) else value
@@ -93,7 +93,7 @@ def measures(found: dict[str, np.ndarray], *, samples: int = 0, seed: int = 0) -
     yield "accuracy", mean(found["right"])
     yield "margin", mean(found["gap"])
     yield "loss", mean(np.logaddexp(0.0, -found["gap"]))
-    yield "pairs", float(len(weight))
+    yield "pairs", float(np.count_nonzero(weight))
     for subset in sorted(set(found["subset"]) - {""}):
         where = found["subset"] == subset
         if weight[where].sum() > 0:

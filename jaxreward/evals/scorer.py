@@ -42,7 +42,7 @@ def pair_rows(batch: dict, rules: Rules | None = None) -> PairRows:
 def row_len(trees: list[Tree], *, least: int = 0) -> int:
     """A row length for these trees: the longest fits, and a typical row holds several."""
     sizes = [tree.size for tree in trees]
-    return pipeline.suggest_row_len([max(sizes), min(4 * int(np.mean(sizes)), 2048), least])
+    return pipeline.suggest_row_len([max(sizes), min(2 * int(np.mean(sizes)), 2048), least])
 
 
 def rewards(
@@ -109,6 +109,8 @@ def cache_features(
       For each tree the list [prompt [Tp, D], answer 0 [T0, D], ...] in the compute dtype, as
       `Tree.features` takes it.
     """
+    if not trees:
+        return []
     forward = jax.jit(lambda frozen, rows: trainable.features(plan, frozen, rows, rules=rules))
     out: list[list[np.ndarray] | None] = [None] * len(trees)
     length = row_len(trees)

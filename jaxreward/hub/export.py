@@ -83,9 +83,9 @@ def pad_token(source: Path, raw: dict) -> tuple[int, str]:
     bos = special.get(text("bos_token"))
     preferred = [text("pad_token"), "<|endoftext|>", "<pad>", "[PAD]", "<|pad|>", text("unk_token")]
     for name in [*preferred, *special]:
-        if name in special and special[name] not in eos and special[name] != bos:
-            if special[name] < raw["vocab_size"]:
-                return special[name], name
+        free = name in special and special[name] not in eos and special[name] != bos
+        if free and special[name] < raw["vocab_size"]:
+            return special[name], name
     raise ValueError(
         f"{source}: every special token of the tokenizer is a beginning or an end token "
         f"(end ids {sorted(eos)}); add a pad token to tokenizer.json before exporting a scorer"
@@ -214,14 +214,9 @@ def write(
         "torch_dtype": dtype,
     }
     raw.pop("jaxreward", None)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in load.TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
+    pad_text = None
     if score is not None:
-        pad, text = pad_token(source, raw)
+        pad, pad_text = pad_token(source, raw)
         raw |= {
             "architectures": ["LlamaForSequenceClassification"],
             "num_labels": int(score["kernel"].shape[1]),
@@ -230,17 +225,6 @@ def write(
             "pad_token_id": pad,
             "jaxreward": {"template": template, "max_len": max_len},
         }
-        settings = json.loads((partial / "tokenizer_config.json").read_text())
-        settings["pad_token"] = text
-        (partial / "tokenizer_config.json").write_text(
-            json.dumps(settings, indent=2, ensure_ascii=False)
-        )
-    save_file(
-        tensors(cfg, params, score, dtype=dtype),
-        partial / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    (partial / "config.json").write_text(json.dumps(raw, indent=2))
     snippet = _GENERATE
     protocol = ""
     if score is not None:
@@ -249,31 +233,51 @@ def write(
             "The score is read at the last token of the conversation as the chat template renders "
             "it."
             if template == "chat"
-            else "The score is read at the end token that follows prompt and answer, joined as they are."
+            else "The score is read at the end token after prompt and answer, joined as they are."
         )
         protocol += " Only differences between answers to one prompt have a meaning."
         if max_len:
             protocol += f" Longer inputs than {max_len} tokens were cut at the front of the prompt."
-    (partial / "README.md").write_text(
-        _CARD.format(
-            task="text-classification" if score is not None else "text-generation",
-            tags="- reward-model\n" if score is not None else "",
-            title=title or out.name,
-            about=about or ("A scalar reward model." if score is not None else "A language model."),
-            version=__version__,
-            origin=origin,
-            snippet=snippet,
-            protocol=protocol,
-        )
+    card = _CARD.format(
+        task="text-classification" if score is not None else "text-generation",
+        tags="- reward-model\n" if score is not None else "",
+        title=title or out.name,
+        about=about or ("A scalar reward model." if score is not None else "A language model."),
+        version=__version__,
+        origin=origin,
+        snippet=snippet,
+        protocol=protocol,
     )
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name in load.TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        if pad_text is not None:
+            settings = json.loads((partial / "tokenizer_config.json").read_text())
+            settings["pad_token"] = pad_text
+            (partial / "tokenizer_config.json").write_text(
+                json.dumps(settings, indent=2, ensure_ascii=False)
+            )
+        save_file(
+            tensors(cfg, params, score, dtype=dtype),
+            partial / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        (partial / "config.json").write_text(json.dumps(raw, indent=2))
+        (partial / "README.md").write_text(card)
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
 def write_tiny(folder: str | Path, *, seed: int = 0) -> Path:
-    """A random two-layer model with a byte tokenizer, as a Hugging Face folder, for `:smoke` runs."""
+    """A random two-layer model with a byte tokenizer, as a Hugging Face folder (`init="tiny"`)."""
     from jaxreward import testing
 
     folder = Path(folder)

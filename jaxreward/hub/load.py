@@ -1,5 +1,6 @@
 """A Hugging Face folder into a parameter tree: safetensors only, no torch, no remote code."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -43,8 +44,8 @@ def read_config(folder: str | Path) -> dict:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} is not a model folder: {path} does not exist. Expected a Hugging Face folder "
-            "with config.json, *.safetensors and a tokenizer"
+            f"{folder} is not a model folder: {path} does not exist. Expected a Hugging Face "
+            "folder with config.json, *.safetensors and a tokenizer"
         )
     try:
         raw = json.loads(path.read_text())
@@ -55,19 +56,33 @@ def read_config(folder: str | Path) -> dict:
     return raw
 
 
+@contextlib.contextmanager
+def _opened(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); copy or download it again"
+        ) from error
+
+
 def weight_files(folder: str | Path) -> dict[str, Path]:
     """{tensor name: safetensors file} of a folder, single or sharded with an index.
 
     Raises:
       FileNotFoundError: if there are no safetensors files, or the index names a missing one.
-      ValueError: if the index points outside the folder.
+      ValueError: if the index points outside the folder, or a file is damaged.
     """
-    from safetensors import safe_open
-
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
+        try:
+            names = dict(json.loads(index.read_text())["weight_map"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{index}: expected JSON with a weight_map ({error!r})") from error
         for file in sorted(set(names.values())):
             if Path(file).name != file:
                 raise ValueError(f"{index}: {file!r} leaves the folder; file names only")
@@ -83,13 +98,18 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
             other
         )
         raise FileNotFoundError(f"{folder} holds no model.safetensors{hint}")
-    with safe_open(single, framework="np") as file:
+    with _opened(single) as file:
         return dict.fromkeys(file.keys(), single)
 
 
 def content_hash(folder: str | Path) -> str:
-    """sha256 over config.json and the weight files, in name order."""
+    """sha256 over config.json and the weight files, in name order.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_config`.
+    """
     folder = Path(folder)
+    read_config(folder)
     digest = hashlib.sha256()
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(path.name.encode())
@@ -100,10 +120,32 @@ def content_hash(folder: str | Path) -> str:
 
 
 def _tensor(files, name) -> np.ndarray:
-    from safetensors import safe_open
-
-    with safe_open(files[name], framework="np") as file:
+    with _opened(files[name]) as file:
         return file.get_tensor(name)
+
+
+def _stored(files) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that are there, read from the headers alone."""
+    shapes = {}
+    for path in sorted(set(files.values())):
+        with _opened(path) as file:
+            for name in set(file.keys()) & {n for n, where in files.items() if where == path}:
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+def _expected(table, cfg) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a checkpoint of this config has."""
+    described = trees.flatten(decoder.specs(cfg), is_leaf=lambda x: isinstance(x, sp.Param))
+    shapes = {}
+    for entry in table:
+        layered = "{layer}" in entry.theirs[0]
+        ours = [described[path].shape[layered:] for path in entry.ours]
+        made = jax.eval_shape(entry.to, *(jax.ShapeDtypeStruct(s, np.float32) for s in ours))
+        for name, x in zip(entry.theirs, made if len(entry.theirs) > 1 else (made,)):
+            for layer in range(cfg.depth) if layered else (0,):
+                shapes[name.format(layer=layer)] = x.shape
+    return shapes
 
 
 def _leaves(files, table, cfg, dtype) -> Iterator[tuple[str, np.ndarray]]:
@@ -147,38 +189,35 @@ def load(
     cfg = decoder.hf_config(raw)
     files = weight_files(folder)
     table = decoder.hf_table(cfg)
-    wanted = {
-        name.format(layer=layer)
-        for entry in table
-        for name in entry.theirs
-        for layer in (range(cfg.depth) if "{layer}" in name else (0,))
-    }
-    # A tied checkpoint may store the head again; scorers bring their own; old files carry buffers.
-    known = wanted | {"score.weight", "lm_head.weight"}
-    missing = sorted(wanted - set(files))
-    scorer = "score.weight" in files
-    if scorer and missing == ["lm_head.weight"]:
+    wanted, found = _expected(table, cfg), _stored(files)
+    scorer = "score.weight" in found
+    if scorer and not cfg.tied and "lm_head.weight" not in found:
         # Sequence classification drops the language head: an untied scorer cannot generate.
         table = tuple(e for e in table if e.theirs != ("lm_head.weight",))
-        missing = []
-    unknown = sorted(n for n in set(files) - known if not n.endswith("rotary_emb.inv_freq"))
-    if missing or unknown:
-        raise ValueError(
-            f"{folder}: the tensors do not fit config.json; missing {missing[:8]} "
-            f"({len(missing)} in all), unknown {unknown[:8]} ({len(unknown)} in all)"
-        )
+        del wanted["lm_head.weight"]
+    # A tied checkpoint may store the head again; scorers bring their own; old files carry buffers.
+    spare = {"lm_head.weight", *(n for n in found if n.endswith("rotary_emb.inv_freq"))}
+    if scorer:
+        wanted["score.weight"] = (*found["score.weight"][:1], cfg.width)
+    shaped = [f"{n} {found[n]} for {s}" for n, s in sorted(wanted.items()) if found.get(n, s) != s]
+    problems = {
+        "missing": sorted(set(wanted) - set(found)),
+        "unknown": sorted(set(found) - set(wanted) - spare),
+        "of the wrong shape": shaped,
+    }
+    if any(problems.values()):
+        told = [
+            f"{kind} {', '.join(names[:8])} ({len(names)} in all)"
+            for kind, names in problems.items()
+            if names
+        ]
+        raise ValueError(f"{folder}: the tensors do not fit config.json; " + "; ".join(told))
     described = decoder.specs(cfg)
     flat = trees.flatten(described, is_leaf=lambda x: isinstance(x, sp.Param))
     params = {}
-    problems = []
     for path, leaf in _leaves(files, table, cfg, np.dtype(dtype)):
-        if leaf.shape != flat[path].shape:
-            problems.append(f"{path}: {leaf.shape} where config.json says {flat[path].shape}")
-            continue
         where = rules and rules.sharding(flat[path].axes, leaf.shape, layout="storage")
         params[path] = jax.device_put(leaf, where)
-    if problems:
-        raise ValueError(f"{folder}: tensors of the wrong shape: " + "; ".join(problems))
     score = None
     if scorer:
         kernel = _tensor(files, "score.weight").astype(np.float32).T
@@ -201,17 +240,20 @@ def import_folder(folder: str | Path, out: str | Path) -> Path:
     files = sorted({path.name for path in weight_files(folder).values()})
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose a new folder for the import")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; scores need its tokenizer")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     index = "model.safetensors.index.json"
-    for name in ("config.json", *files, index, *TOKENIZER_FILES):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, partial / name)
-    load(partial)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    try:
+        for name in ("config.json", *files, index, *TOKENIZER_FILES):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, partial / name)
+        load(partial)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return out

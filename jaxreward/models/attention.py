@@ -59,30 +59,52 @@ def visible(
     return (own | shared) & past[None]
 
 
+def _part(q, k, v, see):
+    """Unnormalised attention over one set of keys: largest score, sum of weights, weighted sum."""
+    scores = jnp.einsum("bkxh,bksh->bkxs", q, k, preferred_element_type=jnp.float32)
+    scores = scores * (1 / math.sqrt(q.shape[-1]))
+    # A finite floor keeps queries that see nothing free of NaN, forward and backward.
+    scores = jnp.where(see, scores, -1e30)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.where(see, jnp.exp(scores - top), 0.0)
+    mixed = jnp.einsum("bkxs,bksh->bkxh", weights.astype(v.dtype), v)
+    return top, jnp.sum(weights, axis=-1, keepdims=True), mixed.astype(jnp.float32)
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     see: Bool[Array, "B T S"],
+    *,
+    trunk: tuple | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the visible keys; a query that sees nothing gets 0.
 
     Query heads that share a key head are folded into its query rows, so keys and values are
     never repeated; keys and values come head by head, so that both products are plain batched
     matrix products. Scores and softmax are float32.
+
+    Args:
+      q, k, v, see: Queries, keys, values, and which key each query may see.
+      trunk: Keys and values that G = B / P consecutive rows share, all visible where the mask is
+        True: (k [P,K,S',H], v [P,K,S',H], mask [P,S']). They are read once per P, not per B, and
+        merged with the rows' own part by their log-sum-exp.
     """
     B, T, N, H = q.shape
     K = k.shape[1]
     G = N // K
     folded = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("bkxh,bksh->bkxs", folded, k, preferred_element_type=jnp.float32)
-    scores = scores * (1 / math.sqrt(H))
-    see = jnp.tile(see, (1, G, 1))[:, None]
-    # A finite floor keeps fully masked rows free of NaN, forward and backward.
-    scores = jnp.where(see, scores, -1e30)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.where(see, jnp.exp(scores - top), 0.0)
-    norm = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.where(norm == 0, 1.0, norm)).astype(v.dtype)
-    mixed = jnp.einsum("bkxs,bksh->bkxh", weights, v).reshape(B, K, G, T, H)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    top, norm, mixed = _part(folded, k, v, jnp.tile(see, (1, G, 1))[:, None])
+    if trunk is not None:
+        trunk_k, trunk_v, mask = trunk
+        P = trunk_k.shape[0]
+        shared = folded.reshape(P, B // P, K, G * T, H).swapaxes(1, 2).reshape(P, K, -1, H)
+        parts = _part(shared, trunk_k, trunk_v, mask[:, None, None, :])
+        back = lambda x: x.reshape(P, K, B // P, G * T, -1).swapaxes(1, 2).reshape(B, K, G * T, -1)
+        top2, norm2, mixed2 = (back(x) for x in parts)
+        highest = jnp.maximum(top, top2)
+        a, b = jnp.exp(top - highest), jnp.exp(top2 - highest)
+        norm, mixed = a * norm + b * norm2, a * mixed + b * mixed2
+    mixed = (mixed / jnp.where(norm == 0, 1.0, norm)).astype(q.dtype)
+    return mixed.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -78,17 +78,20 @@ class Cache:
       k, v: [L, B, K, S, H] in the compute dtype: the layout that attention reads.
       segments: Segment of each slot, int32[B, S]; 0 = empty.
       length: Slots filled so far, the same in every row, int32[].
+      trunk: Cache of P prompts that B / P consecutive rows each go on from, or None. It is read,
+        never copied or written.
     """
 
     k: Float[Array, "L B K S H"]
     v: Float[Array, "L B K S H"]
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
+    trunk: "Cache | None" = None
 
 
 @struct.dataclass
 class Hidden:
-    """What the backbone returns: states [B,T,D] in the compute dtype, and the cache if one came in."""
+    """What the backbone returns: states in the compute dtype, and the cache if one came in."""
 
     states: Float[Array, "B T D"]
     cache: Cache | None = None
@@ -140,7 +143,7 @@ def split(cfg: Config, at: int) -> tuple[Config, Config]:
 
 
 def split_params(params: PyTree, at: int) -> tuple[PyTree, PyTree]:
-    """Parameters of the two parts of `split`. A tied head is left out: the upper part has states only."""
+    """Parameters of the two parts of `split`. The embedding, and with it a tied head, is below."""
     lower = {"embed": params["embed"], "layers": jax.tree.map(lambda x: x[:at], params["layers"])}
     upper = {k: v for k, v in params.items() if k not in ("embed", "layers")}
     return lower, {**upper, "layers": jax.tree.map(lambda x: x[at:], params["layers"])}
@@ -179,7 +182,7 @@ def dense(x: Float[Array, "B T *inner"], kernel: Float[Array, "..."], inner: int
     return (left @ kernel.astype(x.dtype).reshape(left.shape[1], -1)).reshape(B, T, *out)
 
 
-def block(w: PyTree, cfg: Config, x, *, positions, see, rules=None, cached=None):
+def block(w: PyTree, cfg: Config, x, *, positions, see, rules=None, cached=None, trunk=None):
     """One layer.
 
     Args:
@@ -188,6 +191,7 @@ def block(w: PyTree, cfg: Config, x, *, positions, see, rules=None, cached=None)
       positions: [B,T]. see: [B,T,S] bool.
       cached: None, or a function (k, v) -> (k, v) that stores new keys and values [B,K,T,H] and
         returns all.
+      trunk: Keys, values and mask of a shared prompt, as `attention.attend` takes them.
 
     Returns:
       The residual stream after the layer.
@@ -201,7 +205,7 @@ def block(w: PyTree, cfg: Config, x, *, positions, see, rules=None, cached=None)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cached is not None:
             k, v = cached(k, v)
-        mixed = attention.attend(q, k, v, see)
+        mixed = attention.attend(q, k, v, see, trunk=trunk)
         x = x + dense(mixed, w["attn"]["o"]["kernel"], inner=2)
     with jax.named_scope("mlp"):
         h = rms_norm(x, w["mlp_norm"]["scale"], cfg.norm_eps)
@@ -211,11 +215,12 @@ def block(w: PyTree, cfg: Config, x, *, positions, see, rules=None, cached=None)
     return constrain(x, ("batch", "length", "act_embed"), rules)
 
 
-def empty_cache(cfg: Config, batch: int, slots: int) -> Cache:
-    """A cache of `slots` empty slots for `batch` rows."""
+def empty_cache(cfg: Config, batch: int, slots: int, *, trunk: Cache | None = None) -> Cache:
+    """A cache of `slots` empty slots for `batch` rows, which may go on from shared prompts."""
     shape = (cfg.depth, batch, cfg.kv_heads, slots, cfg.head_dim)
     zeros = jnp.zeros(shape, cfg.compute)
-    return Cache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
+    segments = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(zeros, zeros, segments, jnp.zeros((), jnp.int32), trunk)
 
 
 def backbone(
@@ -256,11 +261,11 @@ def backbone(
     one_layer = block_specs(cfg)
     stacked = {"w": params["layers"], "lora": adapters.tree["layers"] if adapters else {}}
 
-    def layer(x, leaf, see, cached=None):
+    def layer(x, leaf, see, cached=None, trunk_kv=None):
         w = sp.gather(leaf["w"], one_layer, rules)
         if adapters is not None:
             w = lora.merge(w, leaf["lora"], adapters.scale)
-        return block(w, cfg, x, positions=pos, see=see, rules=rules, cached=cached)
+        return block(w, cfg, x, positions=pos, see=see, rules=rules, cached=cached, trunk=trunk_kv)
 
     if cache is None:
         see = attention.visible(segments, trunk, segments, mask=cfg.mask)
@@ -286,9 +291,15 @@ def _cached_layers(layer, cfg, x, stacked, segments, trunk, cache):
     key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, start))
     see = attention.visible(segments, trunk, key_segments, offset=start, mask=cfg.mask)
 
-    def one(carry, leaf, i):
+    shared = None
+    if cache.trunk is not None:
+        shared = {"k": cache.trunk.k, "v": cache.trunk.v}
+        mask = cache.trunk.segments > 0
+
+    def one(carry, leaf, prompt, i):
         x, ks, vs = carry
         new = []
+        trunk_kv = None if prompt is None else (prompt["k"], prompt["v"], mask)
 
         def cached(k, v):
             # Written into the stacked buffers, which XLA updates in place inside a loop.
@@ -297,19 +308,19 @@ def _cached_layers(layer, cfg, x, stacked, segments, trunk, cache):
             new.append(jax.lax.dynamic_update_slice(vs, v[None].astype(vs.dtype), at))
             return new[0][i], new[1][i]
 
-        x = layer(x, leaf, see, cached)
+        x = layer(x, leaf, see, cached, trunk_kv)
         return (x, *new)
 
     carry = (x, cache.k, cache.v)
     if cfg.scan:
         carry, _ = jax.lax.scan(
-            lambda c, xs: (one(c, *xs), None), carry, (stacked, jnp.arange(cfg.depth))
+            lambda c, xs: (one(c, *xs), None), carry, (stacked, shared, jnp.arange(cfg.depth))
         )
     else:
         for i in range(cfg.depth):
-            carry = one(carry, jax.tree.map(lambda a: a[i], stacked), i)
+            carry = one(carry, *jax.tree.map(lambda a: a[i], (stacked, shared)), i)
     x, ks, vs = carry
-    return x, Cache(ks, vs, key_segments, start + segments.shape[1])
+    return x, Cache(ks, vs, key_segments, start + segments.shape[1], cache.trunk)
 
 
 def head_matrix(params: PyTree, cfg: Config) -> Float[Array, "D V"]:
@@ -350,8 +361,9 @@ def hf_config(raw: dict) -> Config:
         if field in raw and raw[field] is not None and raw[field] not in allowed:
             problems.append(f"{field}={raw[field]!r}")
     rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        problems.append(f"rope_parameters.rope_type={rope['rope_type']!r}")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        problems.append(f"rope_parameters.rope_type={rope_type!r}")
     missing = [
         f
         for f in (
@@ -376,7 +388,8 @@ def hf_config(raw: dict) -> Config:
         kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         mlp=raw["intermediate_size"],
-        rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        # In transformers' order: rope_parameters wins where a file has both.
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         tied=bool(raw.get("tie_word_embeddings", False)),
         max_len=raw.get("max_position_embeddings", 2048),

@@ -82,8 +82,7 @@ class Plan:
 
 def _upper_specs(plan):
     tree = decoder.specs(plan.upper)
-    # A reward needs states, not logits: the language head stays out of the trained tree, and an
-    # untied one is kept frozen so that nothing is lost on export.
+    # A reward needs states, not logits: an untied language head is dropped, here and on export.
     return {k: v for k, v in tree.items() if k != "head"}
 
 

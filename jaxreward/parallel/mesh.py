@@ -40,8 +40,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None, *, devices: Sequence | Non
         shape[free[0]] = len(devices) // fixed
     if math.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh {dict(zip(AXES, shape))} needs a multiple of {fixed} devices; there are "
-            f"{len(devices)}. Set the sizes so that their product is {len(devices)}"
+            f"mesh {dict(zip(AXES, shape))} needs {'a multiple of ' if free else ''}{fixed} "
+            f"devices; there are {len(devices)}. Set the sizes so that their product is "
+            f"{len(devices)}"
         )
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     if devices[0].platform == "cpu":

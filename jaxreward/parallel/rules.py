@@ -64,7 +64,7 @@ class Rules:
                 ways *= self.mesh.shape[a]
                 if a in used:
                     raise ValueError(
-                        f"logical axes {used[a]!r} and {axis!r} of one array both want mesh axis {a!r}"
+                        f"{used[a]!r} and {axis!r} of one array both want mesh axis {a!r}"
                     )
                 used[a] = axis
             fits = ways > 1 and size % ways == 0

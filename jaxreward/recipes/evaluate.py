@@ -58,7 +58,12 @@ def _from_folder(folder: Path, where):
             f"{folder} has no score head (score.weight): it is a language model, not a reward "
             "model. Train one with `jaxreward train`, or give a *ForSequenceClassification folder"
         )
-    plan = trainable.Plan(cfg, "all", scores=score["kernel"].shape[1])
+    if score["kernel"].shape[1] != 1:
+        raise ValueError(
+            f"{folder} gives {score['kernel'].shape[1]} numbers per answer; a reward model gives "
+            "one (num_labels 1)"
+        )
+    plan = trainable.Plan(cfg, "all")
     params, frozen = trainable.init(plan, weights, jax.random.key(0), score=score, rules=where)
     made = load.read_config(folder).get("jaxreward") or {}
     return plan, params, frozen, folder, made.get("template", "auto"), made.get("max_len")
@@ -156,7 +161,7 @@ def score(
     records goes to standard output.
 
     Raises:
-      ValueError: naming file:line:field of a line that cannot be scored, before anything is written.
+      ValueError: naming a line that cannot be scored, before anything is written.
     """
     records = sources.read_answers(input)
     loaded = load_model(model, template=template, batch=batch)

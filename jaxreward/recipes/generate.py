@@ -79,6 +79,8 @@ def _resume(partial, settings) -> list[dict]:
     if lines and lines[0] == settings:
         print(f"{partial}: going on after {len(lines) - 1} prompts", file=sys.stderr)
     else:
+        if len(lines) > 1:
+            print(f"{partial}: made with other settings; starting again", file=sys.stderr)
         lines = [settings]
     partial.parent.mkdir(parents=True, exist_ok=True)
     fresh = partial.with_suffix(".new")
@@ -92,6 +94,11 @@ def _sample(model, records, done, partial, how, n, max_new, seed, prompts_at_onc
     where = None if where.mesh.size == 1 else where
     tokenizer = tokenize.load_tokenizer(model)
     cfg, params, _ = load.load(model, rules=where)
+    if not cfg.tied and "head" not in params:
+        raise ValueError(
+            f"{model} has no language head (lm_head.weight): it is a reward model, and its "
+            "untied head is gone. Give the folder of a language model"
+        )
     encoded = [tokenize.encode_conversation(tokenizer, r["prompt"]).tokens for r in records]
     longest = max(map(len, encoded))
     if longest + max_new > cfg.max_len:

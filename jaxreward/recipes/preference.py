@@ -194,7 +194,8 @@ def _cached(plan, frozen, train, held, source_hash, config, workdir, where):
     lengths = [len(part) for tree in every for part in (tree.prompt, *tree.answers)]
     flat = None
     if path.is_file():
-        flat = np.load(path, allow_pickle=False)
+        # A file of NumPy does not know bfloat16 by name, only its bytes.
+        flat = np.load(path, allow_pickle=False).view(plan.cfg.compute)
         if flat.shape != (sum(lengths), plan.cfg.width):
             log.warning("%s does not fit the data and is computed again", path)
             flat = None
@@ -249,6 +250,7 @@ def build(config, workdir: str | Path) -> Built:
         plan, weights, jax.random.fold_in(key, 1), score=score, rules=where
     )
     del weights
+    counts = {"trained": tr.count(params), "frozen": tr.count(frozen)}
     if plan.cut and config.data.cache_frozen:
         train, held = _cached(plan, frozen, train, held, source_hash, config, workdir, where)
         if plan.train in ("top",):
@@ -299,7 +301,7 @@ def build(config, workdir: str | Path) -> Built:
     facts |= {
         "rows": {"count": len(packed), "length": length, "efficiency": round(slots, 4)},
         "steps": {"per epoch": epoch, "total": steps},
-        "parameters": {"trained": tr.count(start.params), "frozen": tr.count(frozen)},
+        "parameters": counts,
         "mesh": mesh.describe(where.mesh) if where else "one device",
     }
     meta = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-import jaxreward
+from jaxreward import __version__
 from jaxreward.report import charts, folder, words
 
 __all__ = ["picture", "write"]
@@ -70,7 +70,7 @@ def write(workdir, out=None) -> Path:
         files=[(name, f"{size:,}", digest) for name, size, digest in run["files"]],
         notes=run["notes"],
         palette=charts.PALETTE,
-        version=jaxreward.__version__,
+        version=__version__,
         blob=Markup(blob),
     )
     out = Path(workdir) / "report.html" if out is None else Path(out)

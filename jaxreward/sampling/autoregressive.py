@@ -1,6 +1,6 @@
 """Autoregressive sampling: prefill once per prompt, then decode in one jitted loop.
 
-Prompts are padded on the left, so that every row writes its next token to the same cache slot.
+Prompts are padded on the left, and the G answers to a prompt read its keys and values in place.
 Padding has segment 0 and is never attended to; positions count real tokens only.
 """
 
@@ -87,15 +87,12 @@ def sample(
         segments=segments,
         trunk=rows.trunk,
         rules=rules,
-        cache=decoder.empty_cache(cfg, B, T + max_new),
+        cache=decoder.empty_cache(cfg, B, T),
     )
     G = samples
-    spread = lambda x, axis=0: jnp.repeat(x, G, axis=axis)
-    cache = hidden.cache.replace(
-        k=spread(hidden.cache.k, 1),
-        v=spread(hidden.cache.v, 1),
-        segments=spread(hidden.cache.segments),
-    )
+    spread = lambda x: jnp.repeat(x, G, axis=0)
+    # The answers' own tokens; all G answers read the prompt's keys and values in place.
+    cache = decoder.empty_cache(cfg, B * G, max_new, trunk=hidden.cache)
     head = decoder.head_matrix(params, cfg).astype(cfg.compute)
     last = spread(hidden.states[:, -1])
     start = spread(mask.sum(axis=1).astype(jnp.int32))

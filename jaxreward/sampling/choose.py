@@ -21,6 +21,17 @@ class Greedy:
         return logits
 
 
+def _first_above(weights, cumulative, target):
+    """Index of the first positive weight whose cumulative sum exceeds `target`, else of the last.
+
+    Parallel sums are not monotone: rounding may lift them at a weight of 0, which must not win.
+    """
+    possible = weights > 0
+    hit = possible & (cumulative > target)
+    last = weights.shape[0] - 1 - jnp.argmax(possible[::-1])
+    return jnp.where(hit.any(), jnp.argmax(hit), last)
+
+
 def _draw(probabilities, uniform, block: int = 256):
     """Index whose cumulative probability first exceeds `uniform`; one row.
 
@@ -29,15 +40,13 @@ def _draw(probabilities, uniform, block: int = 256):
     """
     V = probabilities.shape[0]
     blocks = jnp.pad(probabilities, (0, -V % block)).reshape(-1, block)
-    ends = jnp.cumsum(blocks.sum(axis=1))
+    sums = blocks.sum(axis=1)
+    ends = jnp.cumsum(sums)
     # Scaled by the sum as added up here, so that rounding cannot point past the last block.
     target = uniform * ends[-1]
-    b = jnp.minimum(jnp.sum(ends <= target), blocks.shape[0] - 1)
+    b = _first_above(sums, ends, target)
     within = jnp.cumsum(blocks[b]) + jnp.where(b > 0, ends[b - 1], 0.0)
-    i = jnp.sum(within <= target)
-    # Rounding between the two levels may step past the block; its last possible token is meant.
-    last = block - 1 - jnp.argmax(blocks[b][::-1] > 0)
-    return b * block + jnp.minimum(i, last)
+    return b * block + _first_above(blocks[b], within, target)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,13 @@ Arrays are saved asynchronously and a checkpoint appears whole or not at all. `d
 the data iterator) and `meta` (step, format, what the frozen weights were) are JSON.
 """
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxreward.core import trees
 from jaxreward.core.types import TrainState
 
 PyTree = Any
@@ -29,9 +29,13 @@ class Checkpoints:
 
         self._ocp = ocp
         self.folder = (Path(workdir) / "checkpoints").resolve()
+        handlers = {
+            **{name: ocp.StandardCheckpointHandler() for name in ("params", "opt", "extra")},
+            **{name: ocp.JsonCheckpointHandler() for name in ("data", "meta")},
+        }
         self._manager = ocp.CheckpointManager(
             self.folder,
-            item_names=("params", "opt", "extra", "data", "meta"),
+            item_handlers=handlers,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, enable_async_checkpointing=True
             ),
@@ -44,7 +48,7 @@ class Checkpoints:
         self.close()
 
     def latest(self) -> int | None:
-        """Step of the newest finished checkpoint, or None."""
+        """Step of the newest checkpoint, or None; one that is still being written counts."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, *, data: dict, meta: dict) -> None:
@@ -81,11 +85,12 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: if there is no checkpoint.
-          ValueError: if its format is newer than this version reads.
+          ValueError: if its format is newer than this version reads, or it is of another model.
         """
         args = self._ocp.args
         step = self._require(step)
         self.meta(step)
+        self._check(step, like.params)
         items = {
             "params": args.StandardRestore(_abstract(like.params)),
             "opt": args.StandardRestore(_abstract(like.opt_state)),
@@ -104,10 +109,11 @@ class Checkpoints:
         return state, got["data"], got["meta"]
 
     def params(self, like: PyTree, *, step: int | None = None) -> PyTree:
-        """Restores the parameters alone, for scoring and export."""
+        """Restores the parameters alone, for scoring and export; raises as `restore`."""
         args = self._ocp.args
         step = self._require(step)
         self.meta(step)
+        self._check(step, like)
         return self._manager.restore(
             step, args=args.Composite(params=args.StandardRestore(_abstract(like)))
         )["params"]
@@ -125,11 +131,33 @@ class Checkpoints:
             )
         return meta
 
+    def _check(self, step, like):
+        # orbax names neither the parameter nor more than one of them.
+        saved = trees.flatten(self._manager.item_metadata(step)["params"])
+        wanted = trees.flatten(like)
+        problems = [f"{path} is missing" for path in wanted if path not in saved]
+        problems += [f"{path} is unknown" for path in saved if path not in wanted]
+        problems += [
+            f"{path} has shape {list(saved[path].shape)}, expected {list(x.shape)}"
+            for path, x in wanted.items()
+            if path in saved and tuple(saved[path].shape) != tuple(x.shape)
+        ]
+        if problems:
+            raise ValueError(
+                f"{self.folder}/{step} is of another model than the config describes: "
+                f"{'; '.join(problems)}. Use the config of that run, or another workdir"
+            )
+
     def _require(self, step):
         step = self.latest() if step is None else step
         if step is None:
             raise FileNotFoundError(
                 f"{self.folder} holds no finished checkpoint; train first, or give another workdir"
+            )
+        if step not in (steps := sorted(self._manager.all_steps())):
+            raise FileNotFoundError(
+                f"{self.folder} holds no checkpoint of step {step}; there are "
+                f"{', '.join(map(str, steps)) or 'none'}"
             )
         return step
 
@@ -139,8 +167,6 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and releases the manager."""
-        with contextlib.suppress(AttributeError):
-            self._manager.wait_until_finished()
         self._manager.close()
 
 
@@ -165,7 +191,7 @@ def read_config(workdir: str | Path) -> dict:
 
 
 def is_workdir(folder: str | Path) -> bool:
-    """True for a run's folder, False for a Hugging Face folder (whose config.json names a model)."""
+    """True for a run's folder; a Hugging Face folder's config.json names no recipe."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         return False

@@ -16,7 +16,7 @@ PyTree = Any
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM); its state is saved and the same command goes on."""
+    """The run was asked to stop (SIGTERM); what it could save is saved."""
 
 
 class _Flag:
@@ -80,7 +80,7 @@ def run(
     Raises:
       FloatingPointError: naming the quantities that are not finite and the steps they cover. The
         last checkpoint is from before them.
-      Stopped: after SIGTERM, once the state is saved.
+      Stopped: after SIGTERM, once the state is saved (if there are checkpoints).
     """
     at = int(state.step)
     progress = writers.Progress(steps, start=at, label=label)
@@ -106,6 +106,7 @@ def run(
             line["train/lr"] = float(schedule(at - 1))
         metrics_file.write(at, line)
         if bad:
+            progress.close()
             raise FloatingPointError(
                 f"{' and '.join(bad)} not finite between steps {pending_from + 1} and {at}; lower "
                 "optim.lr or look at the data of these steps. The last checkpoint is older"
@@ -136,9 +137,10 @@ def run(
                 if checkpoints is not None:
                     checkpoints.wait()
                 progress.close()
+                kept = "the state is saved, and the same command goes on from here"
                 raise Stopped(
-                    f"stopped by SIGTERM at step {at} of {steps}; the state is saved, and the same "
-                    "command goes on from here"
+                    f"stopped by SIGTERM at step {at} of {steps}; "
+                    + (kept if checkpoints is not None else "nothing is saved")
                 )
     progress.close()
     if checkpoints is not None:

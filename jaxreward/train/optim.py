@@ -12,7 +12,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def schedule(optim, steps: int) -> optax.Schedule:
-    """Learning rate over steps: linear warm-up over a fraction, then constant, linear or cosine to 0.
+    """Learning rate over steps: linear warm-up, then constant, or linear or cosine to 0.
 
     Args:
       optim: Fields `lr`, `schedule` and `warmup` (a fraction of `steps` in [0, 1)).

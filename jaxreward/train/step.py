@@ -32,7 +32,7 @@ def _names(expected: Mapping, got: Mapping, what: str):
 
 
 def _cut(batch, microbatches: int):
-    """[B, ...] to [M, B/M, ...], microbatch m taking rows m, m + M, ...: a row stays on its device."""
+    """[B, ...] to [M, B/M, ...]: microbatch m takes rows m, m + M, ..., so rows stay in place."""
 
     def one(x):
         B = x.shape[0]
@@ -50,7 +50,7 @@ def _cut(batch, microbatches: int):
 def make_gradient(loss: Loss, weights: Weights, coef: Mapping[str, float], microbatches: int = 1):
     """A function (params, frozen, batch, key, extra) -> (gradient, objective, metrics, extra).
 
-    The gradient is accumulated in float32.
+    The gradient is float32, whatever the parameters are.
     """
 
     def one(params, frozen, rows, key, extra, denominators):
@@ -67,6 +67,7 @@ def make_gradient(loss: Loss, weights: Weights, coef: Mapping[str, float], micro
             (value, (terms, metrics, extra)), grads = differentiate(
                 params, frozen, batch, key, extra, denominators
             )
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
             return grads, value, terms, metrics, extra
 
         def body(carry, xs):
@@ -126,6 +127,8 @@ def make_train_step(
         if clip is not None:
             shrink = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink, grads)
+        # The optimizer's state was made in the parameters' dtypes and keeps them.
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics = {"loss": m.Mean(value, jnp.float32(1)), "grad_norm": m.Last(norm), **metrics}
         if len(terms) > 1:

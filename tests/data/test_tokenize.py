@@ -273,25 +273,45 @@ def test_truncation_keeps_bos_and_answer(request, name):
 )
 @pytest.mark.parametrize("drop", [0, 3])
 def test_tree_equals_each_answer_alone(request, name, answers, drop):
-    """Sharing the prompt must not change a single token or loss flag, truncated or not."""
+    """Neither sharing nor a longer neighbour may change a token or a loss flag of an answer."""
     tokenizer = request.getfixturevalue(name)
     prompt = "What is the answer? the user"
-    alone = [tokenize.encode_conversation(tokenizer, prompt, answer) for answer in answers]
-    longest = max(len(row.tokens) for row in alone)
-    tree = tokenize.encode_tree(tokenizer, prompt, answers, max_len=longest - drop)
-    assert tree.truncated == drop
-    for answer, row, leaf, loss in zip(answers, alone, tree.answers, tree.loss):
-        row = tokenize.encode_conversation(
-            tokenizer, prompt, answer, max_len=len(row.tokens) - drop
-        )
+    longest = max(
+        len(tokenize.encode_conversation(tokenizer, prompt, answer).tokens) for answer in answers
+    )
+    max_len = longest - drop
+    alone = [
+        tokenize.encode_conversation(tokenizer, prompt, answer, max_len=max_len)
+        for answer in answers
+    ]
+    tree = tokenize.encode_tree(tokenizer, prompt, answers, max_len=max_len)
+    assert tree.truncated == sum(row.truncated for row in alone)
+    assert (tree.truncated > 0) == (drop > 0)
+    for row, leaf, loss in zip(alone, tree.answers, tree.loss, strict=True):
         assert [*tree.prompt, *leaf] == row.tokens
         assert [False] * len(tree.prompt) + list(loss) == row.loss_mask
         assert len(leaf) >= 1 and len(tree.prompt) <= row.prompt_len
         assert leaf.dtype == np.int32 and loss.dtype == np.bool_
     # shared as far as allowed: one more token would differ or leave the prompt
     first = [int(leaf[0]) for leaf in tree.answers]
-    limit = min(row.prompt_len for row in alone) - drop
+    limit = min(row.prompt_len for row in alone)
     assert len(tree.prompt) == limit or len(set(first)) > 1 or min(map(len, tree.answers)) == 1
+
+
+def test_tree_truncates_each_answer_on_its_own(plain):
+    """By hand: the short answer keeps its whole prompt, whatever the long one beside it loses."""
+    # One token a letter: BOS a b c d e f | x EOS, and BOS a b c d e f | x y z EOS.
+    prompt, answers = "q w z j k v", [" x", " x y z"]
+    ids = plain.ids(prompt)
+    short, long = (plain.ids(answer) for answer in answers)
+    whole = 1 + len(ids) + len(long) + 1
+    drop = len(long) - len(short)
+    tree = tokenize.encode_tree(plain, prompt, answers, max_len=whole - drop)
+    assert [*tree.prompt, *tree.answers[0]] == [0, *ids, *short, 1]
+    assert [*tree.prompt, *tree.answers[1]] == [0, *ids[drop:], *long, 1]
+    assert tree.truncated == drop > 0
+    assert tree.prompt.tolist() == [0]  # BOS is all that the two still have in common
+    assert tree.loss[0].tolist() == [False] * len(ids) + [True] * (len(short) + 1)
 
 
 def test_tree_leaves_a_token_to_each_answer(tmp_path):
@@ -304,28 +324,3 @@ def test_tree_leaves_a_token_to_each_answer(tmp_path):
         tokenize.encode_tree(tokenizer, "", [""], template="plain")
     with pytest.raises(ValueError, match="at least one answer"):
         tokenize.encode_tree(tokenizer, "q", [])
-
-
-def test_encode_pairs_counts(plain):
-    """Truncated and skipped pairs must be counted and said once; margins must be carried."""
-    records = [
-        {"id": "a", "prompt": "What", "chosen": " is", "rejected": " x", "margin": 2.0},
-        {"id": "b", "prompt": "What " * 30, "chosen": "the", "rejected": "x", "weight": 0.5},
-        {"id": "c", "prompt": "q", "chosen": "z" * 50, "rejected": "x", "subset": "s"},
-    ]
-    with pytest.raises(tokenize.AnswerTooLong, match="pair 'c'"):
-        tokenize.encode_pairs(plain, records, max_len=20)
-    with pytest.warns(UserWarning, match="1 of 3 pairs lost .* 1 were skipped"):
-        trees, report = tokenize.encode_pairs(plain, records, max_len=20, on_long="skip")
-    assert [tree.id for tree in trees] == ["a", "b"]
-    assert (trees[0].pairs, trees[0].margin, trees[0].weight) == ([(0, 1)], [2.0], [1.0])
-    assert (trees[1].margin, trees[1].weight) == ([0.0], [0.5])
-    assert report == {
-        "pairs": 2,
-        "truncated": 1,
-        "dropped_tokens": trees[1].truncated,
-        "skipped": 1,
-    }
-    whole, report = tokenize.encode_pairs(plain, records)
-    assert whole[2].subset == "s" and report["truncated"] == 0
-    assert whole[1].size == len(whole[1].prompt) + sum(map(len, whole[1].answers))

@@ -9,12 +9,13 @@ import random
 
 from jaxreward.rewards.final_number import final_number
 
-# Name -> (reasoning_gym data set, its digits, number of distinct keys). With 0..9 there are 55
-# unordered and 100 ordered pairs, with 10..99 there are 4095 and 8100; chain_sum draws + and -.
+# Name -> (reasoning_gym data set, its digits, distinct keys, problems in both orders). With digits
+# 0..9 there are 55 unordered and 100 ordered pairs, with 10..99 there are 4095 and 8100; chain_sum
+# draws + and -.
 _TASKS = {
-    "chain_sum_1": ("chain_sum", (1, 1), 55 + 100),
-    "products_1": ("products", (1, 1), 55),
-    "chain_sum_2": ("chain_sum", (1, 2), 55 + 100 + 4095 + 8100),
+    "chain_sum_1": ("chain_sum", (1, 1), 55 + 100, 200),
+    "products_1": ("products", (1, 1), 55, 100),
+    "chain_sum_2": ("chain_sum", (1, 2), 55 + 100 + 4095 + 8100, 200 + 16200),
 }
 
 
@@ -22,7 +23,7 @@ _TASKS = {
 def _dataset(task, seed):
     import reasoning_gym
 
-    name, (low, high), _ = _TASKS[task]
+    name, (low, high), *_ = _TASKS[task]
     return reasoning_gym.create_dataset(
         name, seed=seed, size=1, min_terms=2, max_terms=2, min_digits=low, max_digits=high
     )
@@ -33,11 +34,10 @@ def _known(task):
         raise KeyError(f"unknown task {task!r}; known: {', '.join(_TASKS)}")
 
 
-def problem_key(task, expression):
+def problem_key(expression):
     """Names a problem up to the order of operands where that does not matter.
 
     Args:
-      task: Name of the task.
       expression: "A op B", operands and operation parted by spaces.
 
     Returns:
@@ -46,10 +46,10 @@ def problem_key(task, expression):
     left, operation, right = expression.split(" ")
     if operation in "+*":
         left, right = sorted((left, right), key=int)
-    return f"{task}:{left}{operation}{right}"
+    return f"{left}{operation}{right}"
 
 
-def problems(task, *, count, seed):
+def problems(task, *, count, seed, both_orders=False):
     """Draws distinct problems.
 
     Args:
@@ -57,26 +57,30 @@ def problems(task, *, count, seed):
         "chain_sum_2" (a ± b, both one or both two digits; 12350).
       count: How many.
       seed: Of the generator; non-negative int.
+      both_orders: Take 3 + 5 and 5 + 3 as two problems (with one key, so that `split` keeps them
+        together); 200, 100 and 16400 are then distinct.
 
     Returns:
-      list of dict(id, prompt, answer, task, key), all str; no two share a key. Keys name the task
-      too, so the one-digit problems of chain_sum_2 have other keys than those of chain_sum_1.
+      list of dict(id, prompt, answer, task, key), all str. No two share a key, unless both
+      orders are taken. The same problem has the same key in every task.
 
     Raises:
       KeyError: for an unknown task.
       ValueError: if the task has fewer distinct problems than asked for.
     """
     _known(task)
-    distinct = _TASKS[task][2]
+    distinct = _TASKS[task][3 if both_orders else 2]
     if not 1 <= count <= distinct:
         raise ValueError(f"task {task} has {distinct} distinct problems; count is {count}")
     dataset, drawn, index = _dataset(task, seed), {}, 0
     while len(drawn) < count:
         item = dataset[index]
         index += 1
-        key = problem_key(task, item["metadata"]["expression"])
-        if key not in drawn:
-            drawn[key] = {
+        expression = item["metadata"]["expression"]
+        key = problem_key(expression)
+        name = expression if both_orders else key
+        if name not in drawn:
+            drawn[name] = {
                 "id": f"{task}-{len(drawn)}",
                 "prompt": item["question"],
                 "answer": item["answer"],

@@ -13,7 +13,7 @@ goes on. Run it through launch/quickstart.sh, which installs what it needs.
 
 import argparse
 import json
-import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -114,6 +114,27 @@ def write_pairs(path, records):
     sources.write_jsonl(path, pairs)
     problems = len({pair["prompt"] for pair in pairs})
     print(f"  {len(pairs)} pairs of {problems} problems that have right and wrong answers")
+
+
+def finished(run):
+    """True when training has reached its last step."""
+    facts, metrics = run / "environment.json", run / "metrics.jsonl"
+    if not facts.exists() or not metrics.exists():
+        return False
+    # Not parsed as JSON: a kill may have cut the last line short.
+    steps = re.findall(r'^\{"step": (\d+),', metrics.read_text(), re.MULTILINE)
+    last = max(map(int, steps), default=0)
+    return last >= json.loads(facts.read_text())["steps"]["total"]
+
+
+def train(run, words):
+    """The training phase; stops the whole program if training was asked to stop."""
+    if finished(run):
+        print("  trained before")
+        return
+    command(*words)
+    if not finished(run):
+        sys.exit("stopped while training; the same command goes on from there")
 
 
 def judge(run, records):
@@ -265,7 +286,6 @@ def check_export(run, exported, records, folder):
 def main(workdir):
     """All phases in order; returns the exit code."""
     began = time.monotonic()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     workdir.mkdir(parents=True, exist_ok=True)
     base, run, exported = workdir / "smollm2", workdir / "run", workdir / "reward_model"
     files = ("problems", "train", "test", "answers", "pairs")
@@ -302,7 +322,8 @@ def main(workdir):
         lambda: write_pairs(at["pairs"], graded(at["answers"], keys("train"))),
         done=at["pairs"],
     )
-    phase("train", lambda: command("train", "--config", config, "--workdir", run, *settings))
+    words = ("train", "--config", config, "--workdir", run, *settings)
+    phase("train", lambda: train(run, words))
     try:
         phase("evaluate", evaluated)
         if not exported.exists():

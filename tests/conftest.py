@@ -1,21 +1,20 @@
 """Shared set-up: simulated devices before JAX starts, warnings as errors, a compile cache."""
 
-import os
-from pathlib import Path
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    ).strip()
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import importlib.util
+import os
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the time here, and tiny programs gain nothing from LLVM's optimiser.
+for name, value in (
+    ("xla_force_host_platform_device_count", 4),
+    ("xla_backend_optimization_level", 0),
+):
+    if name not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_configure(config):
@@ -33,7 +32,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def require():
-    """require("torch") skips a test that needs a missing tool, and fails it under JAXREWARD_CI=1."""
+    """require("torch") skips a test that lacks a tool, and fails it under JAXREWARD_CI=1."""
 
     def check(module):
         if importlib.util.find_spec(module) is not None:

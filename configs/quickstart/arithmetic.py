@@ -21,12 +21,12 @@ def get_config(arg=""):
     c = presets.load("reward_model/bradley_terry")
     c.unlock()
     c.models.policy.init = "hf:runs/quickstart/smollm2"
-    c.models.policy.top_layers = 6
+    c.models.policy.top_layers = 3
     c.data.path = "runs/quickstart/pairs.jsonl"
     c.data.max_len = 256
-    c.data.batch = 4
+    c.data.batch = 8
     c.data.eval_fraction = 0.1
-    c.optim.lr = 2e-4
+    c.optim.lr = 3e-4
     c.optim.decay = 0.1
     c.train.epochs = 6
     c.train.log_every = 5

@@ -11,6 +11,7 @@ the upper part starts from their states.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -397,7 +398,7 @@ def hf_config(raw: dict) -> Config:
 
 
 def to_hf_config(cfg: Config) -> dict:
-    """config.json of a model of this shape: `hf_config(to_hf_config(cfg))` gives `cfg` back."""
+    """config.json of a model of this shape; how it is run (compute, scan, mask) is not in it."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -444,7 +445,7 @@ def hf_table(cfg: Config) -> tuple[Entry, ...]:
         return Entry(
             (f"layers/{ours}/kernel",),
             (f"model.layers.{{layer}}.{theirs}.weight",),
-            lambda x: x.reshape(-1, _size(outer)).T,
+            lambda x: x.reshape(-1, math.prod(outer)).T,
             lambda x: x.T.reshape(*inner, *outer),
         )
 
@@ -471,10 +472,3 @@ def hf_table(cfg: Config) -> tuple[Entry, ...]:
         transpose = lambda x: x.T
         table.append(Entry(("head/kernel",), ("lm_head.weight",), transpose, transpose))
     return tuple(table)
-
-
-def _size(shape):
-    out = 1
-    for n in shape:
-        out *= n
-    return out

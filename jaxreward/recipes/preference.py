@@ -368,10 +368,12 @@ def run(config, workdir: str | Path) -> Path:
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    presets.save(config, workdir / "config.json")
+    if hosts.is_writer():
+        presets.save(config, workdir / "config.json")
     built = build(config, workdir)
     facts = {**environment(), **built.facts}
-    (workdir / "environment.json").write_text(json.dumps(facts, indent=1, default=str))
+    if hosts.is_writer():
+        (workdir / "environment.json").write_text(json.dumps(facts, indent=1, default=str))
     print(f"mesh        {built.facts['mesh']}", file=sys.stderr)
     for name in ("data", "eval_data", "rows", "steps", "parameters"):
         shown = ", ".join(f"{k} {v}" for k, v in facts[name].items() if k != "sha256")
@@ -388,7 +390,7 @@ def run(config, workdir: str | Path) -> Path:
             start, data, _ = checkpoints.restore(start)
             built.batches.set_state(data["iterator"])
             print(f"resumed     step {int(start.step)} of {built.steps}", file=sys.stderr)
-        metrics_file = writers.MetricsFile(workdir, step=int(start.step))
+        metrics_file = writers.MetricsFile(workdir, step=int(start.step), writes=hosts.is_writer())
         try:
             loop.run(
                 built.step,

@@ -16,8 +16,12 @@ class MetricsFile:
     every step stands once.
     """
 
-    def __init__(self, workdir: str | Path, *, step: int = 0):
-        """Args: workdir: the run's folder. step: lines beyond this step are dropped."""
+    def __init__(self, workdir: str | Path, *, step: int = 0, writes: bool = True):
+        """Args: workdir: the run's folder. step: lines beyond this step are dropped. writes: False
+        on all processes but one, which then write nothing."""
+        self._file = None
+        if not writes:
+            return
         self.path = Path(workdir) / "metrics.jsonl"
         kept = [line for line in self._lines() if line["step"] <= step]
         partial = self.path.with_suffix(".partial")
@@ -36,13 +40,16 @@ class MetricsFile:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line. NaN and infinities are written as null, which is valid JSON."""
+        if self._file is None:
+            return
         clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def duration(seconds: float) -> str:

@@ -14,9 +14,7 @@ def test_all_one_digit_products():
     """There are exactly 55 unordered pairs of digits; a wrong key gives another number."""
     drawn = corpus.problems("products_1", count=55, seed=0)
     assert len({p["key"] for p in drawn}) == 55
-    assert {p["key"] for p in drawn} == {
-        f"{a}*{b}" for a in range(10) for b in range(a, 10)
-    }
+    assert {p["key"] for p in drawn} == {f"{a}*{b}" for a in range(10) for b in range(a, 10)}
     with pytest.raises(ValueError, match="55 distinct problems; count is 56"):
         corpus.problems("products_1", count=56, seed=0)
 

@@ -154,7 +154,6 @@ def judge(run, records):
             record["prompt"],
             [answer["text"] for answer in record["answers"]],
             template=model.template,
-            max_len=model.max_len,
             id=record["id"],
         )
         for record in records

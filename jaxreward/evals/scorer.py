@@ -53,31 +53,53 @@ def rewards(
     return heads.scalar(params["score"], trainable.answer_states(states, rows.ends))
 
 
+def buckets(trees: list[Tree], *, least: int = 256) -> dict[int, list[int]]:
+    """{row length: indices of trees} in powers of two: one long tree does not lengthen all rows.
+
+    Bounds the number of compiled programs by the logarithm of the longest tree.
+    """
+    found: dict[int, list[int]] = {}
+    for i, tree in enumerate(trees):
+        length = max(least, 1 << (tree.size - 1).bit_length())
+        found.setdefault(length, []).append(i)
+    return dict(sorted(found.items()))
+
+
+def _rows_at_once(batch, length, rules):
+    # Attention holds [rows, heads, length, length] scores: fewer rows where they are long.
+    ways = rules.mesh.shape["data"] * rules.mesh.shape["fsdp"] if rules else 1
+    fitting = max(1, min(batch, (1 << 24) // length**2))
+    return ways * max(1, fitting // ways)
+
+
 def make_predict(
     plan: trainable.Plan, *, rules: Rules | None = None, batch: int = 8
 ) -> Callable[[PyTree, PyTree, list[Tree]], list[np.ndarray]]:
     """A function (params, frozen, trees) -> scores, one float32 array per tree.
 
-    Compiled once per row shape; `batch` rows run at a time.
+    Compiled once per row length (see `buckets`); at most `batch` rows run at a time, fewer when
+    rows are long, and on a mesh a multiple of the devices that share a batch.
     """
     forward = jax.jit(lambda params, frozen, rows: rewards(plan, params, frozen, rows, rules=rules))
 
     def predict(params, frozen, trees):
         out = [np.full(len(tree.answers), np.nan, np.float32) for tree in trees]
-        for raw in _eval_batches(trees, batch):
-            scores = np.asarray(forward(params, frozen, pair_rows(raw, rules)))
-            _scatter(out, raw["index"], scores)
+        for length, members in buckets(trees).items():
+            some = [trees[i] for i in members]
+            batches = pipeline.batches(
+                some,
+                row_len=length,
+                batch=_rows_at_once(batch, length, rules),
+                seed=0,
+                epochs=1,
+                shuffle=False,
+            )
+            for raw in batches:
+                scores = np.asarray(forward(params, frozen, pair_rows(raw, rules)))
+                _scatter([out[i] for i in members], raw["index"], scores)
         return out
 
     return predict
-
-
-def _eval_batches(trees, batch):
-    if not trees:
-        return iter(())
-    return pipeline.batches(
-        trees, row_len=row_len(trees), batch=batch, seed=0, epochs=1, shuffle=False
-    )
 
 
 def _scatter(out, index, values):

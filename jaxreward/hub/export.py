@@ -237,7 +237,7 @@ def write(
         )
         protocol += " Only differences between answers to one prompt have a meaning."
         if max_len:
-            protocol += f" Longer inputs than {max_len} tokens were cut at the front of the prompt."
+            protocol += f" It was trained on inputs of at most {max_len} tokens."
     card = _CARD.format(
         task="text-classification" if score is not None else "text-generation",
         tags="- reward-model\n" if score is not None else "",

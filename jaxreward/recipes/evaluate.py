@@ -30,7 +30,8 @@ class Model:
     Attributes:
       plan, params, frozen: As in training; for a Hugging Face folder everything is in `params`.
       tokenizer: Its tokenizer. folder: Where tokenizer and untrained weights come from.
-      template: "chat" or "plain". max_len: Longest input, or None.
+      template: "chat" or "plain". max_len: Longest input it was trained on, or None. Longer
+        ones are scored whole, as transformers would.
       protocol: Facts that belong beside any number it gives.
       predict: trees -> one float32 array of scores per tree.
     """
@@ -141,10 +142,25 @@ def load_model(model: str | Path, *, template: str = "auto", batch: int = 8) -> 
             "template": template,
             "max_len": max_len,
             "compute": plan.cfg.compute,
-            "truncation": "beginning of the prompt",
+            "truncation": "none",
         },
         functools.partial(predict, params, frozen),
     )
+
+
+def _warn_long(loaded, trees) -> int:
+    """Says how many inputs are longer than those the model was trained on."""
+    if loaded.max_len is None:
+        return 0
+    longest = [len(tree.prompt) + max(map(len, tree.answers)) for tree in trees]
+    over = sum(length > loaded.max_len for length in longest)
+    if over:
+        print(
+            f"{over} of {len(trees)} prompts with their answers take more than the "
+            f"{loaded.max_len} tokens of training; they are scored whole",
+            file=sys.stderr,
+        )
+    return over
 
 
 def score(
@@ -174,19 +190,12 @@ def score(
                     record["prompt"],
                     record["answers"],
                     template=loaded.template,
-                    max_len=loaded.max_len,
                     id=record["id"],
                 )
             )
         except ValueError as error:
             raise ValueError(f"{input}: record {record['id']!r}: {error}") from error
-    cut = sum(1 for tree in trees if tree.truncated)
-    if cut:
-        print(
-            f"{cut} of {len(trees)} records were longer than {loaded.max_len} tokens and lost the "
-            "beginning of their prompt",
-            file=sys.stderr,
-        )
+    _warn_long(loaded, trees)
     out = []
     for record, scores in zip(records, loaded.predict(trees)):
         row = dict(record["row"])
@@ -220,9 +229,8 @@ def evaluate(
     """
     records, report = sources.read_pairs(data)
     loaded = load_model(model, batch=batch)
-    trees, counts = pairs.encode_pairs(
-        loaded.tokenizer, records, template=loaded.template, max_len=loaded.max_len
-    )
+    trees, _ = pairs.encode_pairs(loaded.tokenizer, records, template=loaded.template)
+    longer = _warn_long(loaded, trees)
     found = pairwise.outcomes(trees, loaded.predict(trees))
     metrics = {}
     for metric, value in pairwise.measures(found, samples=2000):
@@ -236,7 +244,7 @@ def evaluate(
             "data": str(data),
             "sha256": sources.data_hash(data),
             "read": report["read"],
-            "truncated": counts["truncated"],
+            "longer than in training": longer,
             "intervals": "95 %, prompts resampled 2000 times",
         },
         "metrics": metrics,

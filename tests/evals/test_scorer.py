@@ -196,8 +196,9 @@ def test_gradients_from_features_are_those_of_the_whole_model(model, together, f
     carrying = [dataclasses.replace(t, features=f) for t, f in zip(trees, features[0])]
 
     def rows(trees):
-        made = next(scorer._eval_batches(trees, BATCH))
-        return scorer.pair_rows(made)
+        length = scorer.row_len(trees)
+        made = pipeline.batches(trees, row_len=length, batch=BATCH, seed=0, shuffle=False)
+        return scorer.pair_rows(next(made))
 
     @jax.jit
     def slope(params, frozen, rows):
@@ -206,6 +207,34 @@ def test_gradients_from_features_are_those_of_the_whole_model(model, together, f
     full, cached = slope(params, frozen, rows(trees)), slope(params, {}, rows(carrying))
     for a, b in zip(jax.tree.leaves(full), jax.tree.leaves(cached), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_tree_lengthens_no_other_row(model, together):
+    """Catches one outlier that makes every row long, and scores lost on the way back from buckets."""
+    _, params, frozen, predict = model
+    trees, scores = together
+    longest = max(trees, key=lambda t: t.size)
+    long = dataclasses.replace(longest, prompt=np.tile(longest.prompt, 40))
+    mixed = [trees[0], long, *trees[1:]]
+    found = scorer.buckets(mixed)
+    assert sorted(i for members in found.values() for i in members) == list(range(len(mixed)))
+    assert all(mixed[i].size <= length for length, members in found.items() for i in members)
+    assert found[256] == [i for i in range(len(mixed)) if i != 1]
+    got = predict(params, frozen, mixed)
+    for a, b in zip([got[0], *got[2:]], scores, strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+    alone = predict(params, frozen, [long])[0]
+    np.testing.assert_allclose(got[1], alone, **CLOSE)
+
+
+def test_long_rows_run_a_few_at_a_time():
+    """Catches attention scores of many long rows at once, and a batch that a mesh cannot share."""
+    assert scorer._rows_at_once(8, 256, None) == 8
+    assert scorer._rows_at_once(8, 2048, None) == 4
+    assert scorer._rows_at_once(8, 8192, None) == 1
+    rules = Rules(make_mesh({"data": 2, "fsdp": 2}))
+    assert scorer._rows_at_once(6, 256, rules) == 4
+    assert scorer._rows_at_once(1, 8192, rules) == 4
 
 
 def test_absent_answers_score_zero(model):

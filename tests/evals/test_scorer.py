@@ -210,7 +210,7 @@ def test_gradients_from_features_are_those_of_the_whole_model(model, together, f
 
 
 def test_a_long_tree_lengthens_no_other_row(model, together):
-    """Catches one outlier that makes every row long, and scores lost on the way back from buckets."""
+    """Catches one outlier that makes all rows long, and scores lost on the way from buckets."""
     _, params, frozen, predict = model
     trees, scores = together
     longest = max(trees, key=lambda t: t.size)

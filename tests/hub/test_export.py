@@ -260,7 +260,7 @@ def test_folder_of_a_scorer(base, chat):
     for name in ("tokenizer.json", "generation_config.json"):
         assert (chat / name).read_bytes() == (folder / name).read_bytes()
     card = (chat / "README.md").read_text()
-    assert "# A title" in card and "By us." in card and "than 512 tokens" in card
+    assert "# A title" in card and "By us." in card and "at most 512 tokens" in card
     assert "pipeline_tag: text-classification" in card and "- reward-model" in card
 
 

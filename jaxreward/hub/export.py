@@ -308,5 +308,10 @@ def init_folder(init: str, workdir: str | Path) -> Path:
             f"Hugging Face folder write hf:{init}"
         )
     folder = Path(init.removeprefix("hf:"))
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"models.*.init names {folder}, which does not exist. Put a Hugging Face folder there, "
+            f"for example with `jaxreward import --from smollm2 --out {folder}`, or name another"
+        )
     load.read_config(folder)
     return folder

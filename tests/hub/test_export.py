@@ -353,8 +353,10 @@ def test_init_folder(tiny_folder, tmp_path):
     assert export.init_folder(f"hf:{made}", tmp_path) == made
     with pytest.raises(ValueError, match="write hf:models/x"):
         export.init_folder("models/x", tmp_path)
-    with pytest.raises(FileNotFoundError, match="is not a model folder"):
+    with pytest.raises(FileNotFoundError, match="models/x, which does not exist"):
         export.init_folder("hf:models/x", tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a model folder"):
+        export.init_folder(f"hf:{tmp_path}", tmp_path)
 
 
 def snippet(folder):

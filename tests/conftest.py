@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the time here, and tiny programs gain nothing from LLVM's optimiser.
@@ -15,6 +16,13 @@ for name, value in (
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Shape annotations are checked at run time, in tests only. Not on the batch types: pytrees of
+# shardings and of tracers pass through their constructors.
+install_import_hook(
+    ("jaxreward.core.masked", "jaxreward.models", "jaxreward.objectives", "jaxreward.sampling"),
+    "beartype.beartype",
+)
 
 
 def pytest_configure(config):

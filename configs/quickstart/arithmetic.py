@@ -18,6 +18,7 @@ from jaxreward import presets
 
 def get_config(arg=""):
     """The config; `arg` knows the word smoke."""
+    presets.parse_arg(arg)
     c = presets.load("reward_model/bradley_terry")
     c.unlock()
     c.models.policy.init = "hf:runs/quickstart/smollm2"

@@ -6,10 +6,12 @@ through, since hiding a genuine NaN hides a bug.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
+
+from jaxreward.core.types import Array
 
 
-def safe_divide(numerator: Float[Array, "..."], denominator: Float[Array, "..."]):
+def safe_divide(numerator: Shaped[Array, "..."], denominator: Shaped[Array, "..."]):
     """numerator / denominator in float32, and 0 where the denominator is 0.
 
     The denominator is replaced before dividing, so the untaken branch cannot poison gradients.

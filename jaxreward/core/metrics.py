@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from jaxreward.core.types import Array
 
 
 @struct.dataclass

@@ -54,9 +54,12 @@ def bootstrap(
     if not weight.sum() > 0:
         return (float("nan"),) * 3
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(count, np.full(count, 1 / count), size=samples)
-    below = drawn @ weight
-    means = (drawn @ total)[below > 0] / below[below > 0]
+    means = []
+    for _ in range(samples):
+        drawn = rng.multinomial(count, np.full(count, 1 / count))
+        below = drawn @ weight
+        if below > 0:
+            means.append((drawn @ total) / below)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(total.sum() / weight.sum()), float(low), float(high)
 

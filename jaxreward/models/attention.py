@@ -9,7 +9,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+from jaxreward.core.types import Array
 
 MASKS = ("causal", "full")
 

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from jaxreward.core.types import Rows
+from jaxreward.core.types import Array, Rows
 from jaxreward.models import attention, lora
 from jaxreward.parallel import specs as sp
 from jaxreward.parallel.rules import Rules, constrain, gathered

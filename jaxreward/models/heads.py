@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from jaxreward.core.types import Array
 from jaxreward.parallel.specs import Param
 
 PyTree = Any

@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from jaxreward.core.types import Rows
+from jaxreward.core.types import Array, Rows
 from jaxreward.models import decoder, heads, lora
 from jaxreward.parallel import specs as sp
 from jaxreward.parallel.rules import Rules

@@ -84,12 +84,7 @@ def shardings(specs: PyTree, rules: Rules) -> PyTree:
     return tree
 
 
-def init(specs: PyTree, key: jax.Array, *, rules: Rules | None = None) -> PyTree:
-    """Draws every leaf under one jit, each from a key that depends on its path alone.
-
-    With rules the arrays are born sharded; the values do not depend on the mesh.
-    """
-
+def _draw(flat, key):
     def one(path, p):
         if p.init == "zeros":
             return jnp.zeros(p.shape, p.dtype)
@@ -100,8 +95,26 @@ def init(specs: PyTree, key: jax.Array, *, rules: Rules | None = None) -> PyTree
         noise = jax.random.normal(trees.path_key(key, path), p.shape, jnp.float32)
         return (p.scale * noise).astype(p.dtype)
 
-    make = lambda: _map(one, specs)
-    return jax.jit(make, out_shardings=shardings(specs, rules) if rules else None)()
+    return {path: one(path, p) for path, p in flat}
+
+
+_draw_here = jax.jit(_draw, static_argnums=0)
+
+
+def init(specs: PyTree, key: jax.Array, *, rules: Rules | None = None) -> PyTree:
+    """Draws every leaf under one jit, each from a key that depends on its path alone.
+
+    With rules the arrays are born sharded; the values do not depend on the mesh.
+
+    Raises:
+      ValueError: on an unknown initialiser, naming the leaf.
+    """
+    flat = tuple(trees.flatten(specs, is_leaf=_is_param).items())
+    draw = _draw_here
+    if rules is not None:
+        where = trees.flatten(shardings(specs, rules))
+        draw = jax.jit(_draw, static_argnums=0, out_shardings=where)
+    return trees.unflatten(draw(flat, key))
 
 
 def gather(params: PyTree, specs: PyTree, rules: Rules | None) -> PyTree:

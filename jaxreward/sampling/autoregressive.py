@@ -5,17 +5,17 @@ Padding has segment 0 and is never attended to; positions count real tokens only
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from jaxreward.core.types import Rows
+from jaxreward.core.types import Array, Rows
 from jaxreward.models import decoder
 from jaxreward.parallel.rules import Rules
-from jaxreward.sampling.choose import Greedy, Temperature
 
 PyTree = Any
 
@@ -50,7 +50,7 @@ def sample(
     keys: Array,
     *,
     max_new: int,
-    choose: Greedy | Temperature,
+    choose: Callable,
     stop: Int[Array, "E"],
     rules: Rules | None = None,
     samples: int = 1,
@@ -66,7 +66,8 @@ def sample(
       keys: One typed PRNG key an answer, [B * samples]: an answer depends on its prompt and its
         key alone, not on the batch it is computed in.
       max_new: Most tokens of an answer.
-      choose: `choose.Greedy()` or `choose.Temperature(t)`.
+      choose: `choose.Greedy()`, `choose.Temperature(t)`, or a hashable like them: called with
+        logits and keys, and with a method `logits`.
       stop: Token ids that end an answer (all end-of-sequence ids of the model).
       rules: Mesh and layouts, or None.
       samples: Answers per prompt; the prompt is run once.

@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
+
+from jaxreward.core.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def _draw(probabilities, uniform, block: int = 256):
 class Temperature:
     """A sample from softmax(logits / temperature)."""
 
-    temperature: float = 1.0
+    temperature: float | int = 1.0
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -72,6 +74,6 @@ class Temperature:
         return logits / self.temperature
 
 
-def make(temperature: float) -> Greedy | Temperature:
+def make(temperature: float | int) -> Greedy | Temperature:
     """Greedy for 0, otherwise a temperature."""
     return Greedy() if temperature == 0 else Temperature(temperature)

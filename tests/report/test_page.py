@@ -348,10 +348,14 @@ def test_writing_twice_gives_the_same_bytes(run_folder, tmp_path):
     ]  # no half-written neighbour is left
 
 
-def test_the_callers_matplotlib_settings_are_neither_used_nor_changed(run_folder, tmp_path):
+def test_the_callers_matplotlib_settings_are_neither_used_nor_changed(
+    run_folder, tmp_path, monkeypatch
+):
     """Catches rcParams that leak in (another page) or out (another's plots restyled)."""
     import matplotlib
 
+    # Another test may have imported it; the page must not.
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     plain = page.write(run_folder, tmp_path / "one.html").read_bytes()
     with matplotlib.rc_context({"lines.linewidth": 9.0, "font.size": 30.0, "path.simplify": True}):
         assert page.write(run_folder, tmp_path / "two.html").read_bytes() == plain

@@ -23,7 +23,8 @@ find_python() {
   return 1
 }
 
-if [ ! -x .venv/bin/python ]; then
+# No pip: a creation that was interrupted.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   python="$(find_python)"
   rm -rf .venv
   "$python" -m venv .venv

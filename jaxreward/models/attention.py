@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int
 from jaxreward.core.types import Array
 
 MASKS = ("causal", "full")
+# Longer rows run in chunks of queries, so that scores of a whole row are never kept.
+LONG, CHUNK = 512, 256
 
 
 def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float):
@@ -85,7 +87,8 @@ def attend(
 
     Query heads that share a key head are folded into its query rows, so keys and values are
     never repeated; keys and values come head by head, so that both products are plain batched
-    matrix products. Scores and softmax are float32.
+    matrix products. Scores and softmax are float32. Rows of more than `LONG` queries run in chunks,
+    whose scores the backward pass computes again.
 
     Args:
       q, k, v, see: Queries, keys, values, and which key each query may see.
@@ -94,6 +97,8 @@ def attend(
         merged with the rows' own part by their log-sum-exp.
     """
     B, T, N, H = q.shape
+    if T > LONG and trunk is None:
+        return _in_chunks(q, k, v, see)
     K = k.shape[1]
     G = N // K
     folded = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
@@ -110,3 +115,16 @@ def attend(
         norm, mixed = a * norm + b * norm2, a * mixed + b * mixed2
     mixed = (mixed / jnp.where(norm == 0, 1.0, norm)).astype(q.dtype)
     return mixed.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _in_chunks(q, k, v, see):
+    """`attend` over chunks of queries; the backward pass computes each chunk's scores again."""
+    T = q.shape[1]
+    short = -T % CHUNK
+    # Queries added at the end see nothing and are cut off again.
+    q = jnp.pad(q, ((0, 0), (0, short), (0, 0), (0, 0)))
+    see = jnp.pad(see, ((0, 0), (0, short), (0, 0)))
+    cut = lambda x: x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+    one = jax.checkpoint(lambda part: attend(part[0], k, v, part[1]))
+    out = jax.lax.map(one, (cut(q), cut(see))).swapaxes(0, 1)
+    return out.reshape(q.shape)[:, :T]

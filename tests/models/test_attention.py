@@ -238,3 +238,39 @@ def test_shared_prompt_with_one_part_empty():
     np.testing.assert_allclose(f(q), reference(q, *whole, see), atol=2e-6)
     assert not np.asarray(f(q)[1, 0]).any()
     assert np.isfinite(jax.grad(lambda q: jnp.sum(f(q) ** 2))(q)).all()
+
+
+@pytest.mark.parametrize("T", [6, 7])
+def test_long_rows_in_chunks_are_the_same(monkeypatch, T):
+    """Catches a chunk that sees another's keys, padding that leaks, and a gradient lost between."""
+    q, k, v = (jnp.asarray(x) for x in draw(11, T=T, S=T))
+    see = jnp.asarray(may_see(*layout(12, T=T), layout(12, T=T)[0]))
+    see = see.at[0, 2].set(False)
+
+    def value_and_slopes():
+        def total(q, k, v):
+            out = attention.attend(q, k, v, see)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    whole, out = value_and_slopes()
+    monkeypatch.setattr(attention, "LONG", 4)
+    monkeypatch.setattr(attention, "CHUNK", 2)
+    chunked, got = value_and_slopes()
+    np.testing.assert_allclose(got, reference(q, k, v, np.asarray(see)), atol=1e-6)
+    np.testing.assert_allclose(got, out, atol=1e-6)
+    for a, b in zip(chunked, whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_long_rows_keep_no_square_matrix():
+    """Catches scores of a whole row, forward or backward: [T, T] floats are what runs out first."""
+    T = 1024
+    q, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, T, 2, 4), (1, 1, T, 4)))
+    see = jax.ShapeDtypeStruct((1, T, T), bool)
+    slope = jax.grad(lambda q, k, v, see: jnp.sum(attention.attend(q, k, v, see)), argnums=(0, 1))
+    text = jax.jit(slope).lower(q, k, k, see).as_text()
+    # Two query heads share the one key head, and so a chunk's rows.
+    assert f"{2 * attention.CHUNK}x{T}xf32" in text
+    assert f"{T}x{T}xf32" not in text

@@ -31,7 +31,7 @@ SEED = 0
 # the split), and a few with two digits, where SmolLM2 is mostly wrong.
 TASKS = (("chain_sum_1", 200), ("products_1", 100), ("chain_sum_2", 20))
 HELD_OUT = 0.4
-ANSWERS = 6
+ANSWERS = 5
 BEST_OF = 4
 MAX_NEW = 28
 SELECTORS = {
@@ -312,7 +312,7 @@ def main(workdir):
         "sample",
         lambda: command(
             "generate", "--model", base, "--input", at["problems"], "--output", at["answers"],
-            *sampling, "--batch", 240,
+            *sampling, "--batch", 52 * ANSWERS,  # six full batches
         ),
         done=at["answers"],
     )  # fmt: skip

@@ -8,7 +8,7 @@ Command:
     jaxreward train --config quickstart/arithmetic --workdir runs/quickstart/run \\
         --config.data.path=runs/quickstart/pairs.jsonl
 
-Cost: about 2 minutes of training on two cores (see README.md for the machine and date).
+Cost: 1 to 2 minutes of training on two cores (see README.md for the machine and date).
 Expected: see README.md, which quotes the quickstart's own output.
 Smoke: --config quickstart/arithmetic:smoke takes a random toy model and generated pairs.
 """

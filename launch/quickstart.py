@@ -12,6 +12,7 @@ goes on. Run it through launch/quickstart.sh, which installs what it needs.
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -161,7 +162,7 @@ def judge(run, records):
     # The frozen layers run once for both models; the untrained one has the head and the layers
     # that training started from.
     features = scorer.cache_features(model.plan, model.frozen, trees)
-    trees = [_with(tree, found) for tree, found in zip(trees, features)]
+    trees = [dataclasses.replace(tree, features=f) for tree, f in zip(trees, features)]
     _, weights, _ = load.load(model.folder)
     key = jax.random.fold_in(jax.random.key(SEED), 1)
     start, _ = trainable.init(model.plan, weights, key)
@@ -185,12 +186,6 @@ def judge(run, records):
             }
         )
     return problems
-
-
-def _with(tree, features):
-    import dataclasses
-
-    return dataclasses.replace(tree, features=features)
 
 
 def report_numbers(run, records, problems):

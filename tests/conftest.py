@@ -1,4 +1,4 @@
-"""Shared set-up: simulated devices before JAX starts, warnings as errors, a compile cache."""
+"""Shared set-up: simulated devices before JAX starts, warnings as errors, checked shapes."""
 
 import importlib.util
 import os

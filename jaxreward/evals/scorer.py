@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxreward.core import masked
 from jaxreward.core.types import PairRows
 from jaxreward.data import pipeline
 from jaxreward.data.tokenize import Tree
@@ -50,7 +51,7 @@ def rewards(
 ) -> jax.Array:
     """Scalar rewards of the answers of each row, float32[B, K]; 0 where there is no answer."""
     states = trainable.states(plan, params, frozen, rows, rules=rules)
-    return heads.scalar(params["score"], trainable.answer_states(states, rows.ends))
+    return heads.scalar(params["score"], masked.pick(states, rows.ends))
 
 
 def buckets(trees: list[Tree], *, least: int = 256) -> dict[int, list[int]]:

@@ -14,7 +14,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxreward.core.types import Array, Rows
@@ -78,6 +77,28 @@ class Plan:
     def upper(self) -> decoder.Config:
         """The part that starts at the cut: the whole model when nothing is cut."""
         return decoder.split(self.cfg, self.cut)[1] if self.cut else self.cfg
+
+
+def make_plan(cfg: decoder.Config, role: Any, *, name: str = "policy") -> Plan:
+    """The plan that one entry of a config's `models` asks for.
+
+    Args:
+      cfg: The model.
+      role: Has `family`, `head`, `train`, `top_layers`, `lora_rank`, `lora_alpha`, `lora_targets`.
+      name: Of the entry, for messages.
+
+    Raises:
+      ValueError: naming the field that does not fit.
+    """
+    if role.family != "decoder" or role.head != "scalar":
+        raise ValueError(
+            f"models.{name}: a reward model needs family='decoder' and head='scalar'; received "
+            f"family={role.family!r}, head={role.head!r}"
+        )
+    adapters = None
+    if role.train == "lora":
+        adapters = lora.Config(role.lora_rank, float(role.lora_alpha), role.lora_targets)
+    return Plan(cfg, role.train, role.top_layers, adapters)
 
 
 def _upper_specs(plan):
@@ -199,9 +220,3 @@ def states(
         adapters=adapters,
     )
     return hidden.states
-
-
-def answer_states(h: Float[Array, "B T D"], ends) -> Float[Array, "B K D"]:
-    """States at the last token of each answer; zeros where there is no answer."""
-    picked = jnp.take_along_axis(h, jnp.maximum(ends, 0)[..., None], axis=1)
-    return jnp.where((ends >= 0)[..., None], picked, 0)

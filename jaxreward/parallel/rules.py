@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxreward.parallel import mesh as mesh_of
+
 log = logging.getLogger(__name__)
 
 # logical axis -> mesh axes (storage, compute)
@@ -83,6 +85,12 @@ class Rules:
             for axis, placed in zip(axes, spec)
             if axis and not placed and any(self.mesh.shape[a] > 1 for a in self.table[axis][column])
         ]
+
+
+def on_mesh(sizes: Mapping[str, int] | None = None) -> Rules | None:
+    """Rules over a new mesh (see `mesh.make_mesh`), or None when there is one device only."""
+    made = mesh_of.make_mesh(sizes)
+    return Rules(made) if made.size > 1 else None
 
 
 def constrain(x: jax.Array, axes, rules: Rules | None) -> jax.Array:

@@ -15,8 +15,8 @@ from jaxreward.data import pairs, sources, tokenize
 from jaxreward.evals import pairwise, scorer
 from jaxreward.hub import export as hub_export
 from jaxreward.hub import load
-from jaxreward.models import lora, trainable
-from jaxreward.parallel import mesh, rules
+from jaxreward.models import trainable
+from jaxreward.parallel import rules
 from jaxreward.parallel import specs as sp
 from jaxreward.train import checkpoint
 
@@ -45,11 +45,6 @@ class Model:
     max_len: int | None
     protocol: dict
     predict: Any
-
-
-def _where():
-    found = rules.Rules(mesh.make_mesh())
-    return None if found.mesh.size == 1 else found
 
 
 def _from_folder(folder: Path, where):
@@ -88,11 +83,7 @@ def _from_workdir(workdir: Path, where):
             )
         cfg, weights, _ = load.load(folder, rules=where)
         cfg = dataclasses.replace(cfg, compute=config.train.compute)
-        model = config.models.policy
-        adapters = None
-        if model.train == "lora":
-            adapters = lora.Config(model.lora_rank, float(model.lora_alpha), model.lora_targets)
-        plan = trainable.Plan(cfg, model.train, model.top_layers, adapters)
+        plan = trainable.make_plan(cfg, config.models.policy)
         _, frozen = trainable.split(plan, weights)
         del weights
         described = trainable.param_specs(plan)
@@ -118,7 +109,7 @@ def load_model(model: str | Path, *, template: str = "auto", batch: int = 8) -> 
       FileNotFoundError, ValueError: saying what is missing or does not fit.
     """
     model = Path(model)
-    where = _where()
+    where = rules.on_mesh()
     if checkpoint.is_workdir(model):
         got = _from_workdir(model, where)
     else:

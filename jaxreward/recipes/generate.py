@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxreward.data import sources, tokenize
 from jaxreward.hub import load
-from jaxreward.parallel import mesh, rules
+from jaxreward.parallel import rules
 from jaxreward.sampling import autoregressive, choose
 from jaxreward.train import writers
 
@@ -90,8 +90,7 @@ def _resume(partial, settings) -> list[dict]:
 
 
 def _sample(model, records, done, partial, how, n, max_new, seed, prompts_at_once):
-    where = rules.Rules(mesh.make_mesh())
-    where = None if where.mesh.size == 1 else where
+    where = rules.on_mesh()
     tokenizer = tokenize.load_tokenizer(model)
     cfg, params, _ = load.load(model, rules=where)
     if not cfg.tied and "head" not in params:

@@ -35,7 +35,7 @@ from jaxreward.data import pairs as pair_data
 from jaxreward.data import pipeline, sources, tokenize
 from jaxreward.evals import scorer
 from jaxreward.hub import export, load
-from jaxreward.models import lora, trainable
+from jaxreward.models import trainable
 from jaxreward.parallel import hosts, mesh, rules
 from jaxreward.train import checkpoint, loop, optim, state, step, writers
 
@@ -73,23 +73,6 @@ class Built:
     schedule: Callable
     meta: dict
     facts: dict
-
-
-def make_plan(model, cfg) -> trainable.Plan:
-    """The trainable part that `config.models.policy` asks for.
-
-    Raises:
-      ValueError: naming the field that does not fit the model.
-    """
-    if model.family != "decoder" or model.head != "scalar":
-        raise ValueError(
-            f"models.policy: this recipe trains family='decoder' with head='scalar'; received "
-            f"family={model.family!r}, head={model.head!r}"
-        )
-    adapters = None
-    if model.train == "lora":
-        adapters = lora.Config(model.lora_rank, float(model.lora_alpha), model.lora_targets)
-    return trainable.Plan(cfg, model.train, model.top_layers, adapters)
 
 
 def make_loss(plan: trainable.Plan, losses, where: rules.Rules | None = None):
@@ -201,10 +184,11 @@ def _cached(plan, frozen, train, held, source_hash, config, workdir, where):
             flat = None
     if flat is None:
         began = time.monotonic()
-        progress = writers.Progress(1, label="frozen layers")
+        progress = None
 
         def show(done, total):
-            progress._total = total
+            nonlocal progress
+            progress = progress or writers.Progress(total, label="frozen layers")
             if done == total or done % max(total // 10, 1) == 0:
                 progress.update(done)
 
@@ -238,12 +222,11 @@ def build(config, workdir: str | Path) -> Built:
     model = config.models.policy
     folder = export.init_folder(model.init, workdir)
     tokenizer = tokenize.load_tokenizer(folder)
-    where = rules.Rules(mesh.make_mesh(dict(config.mesh)))
-    where = None if where.mesh.size == 1 else where
+    where = rules.on_mesh(dict(config.mesh))
     train, held, facts = load_data(config, tokenizer)
     cfg, weights, score = load.load(folder, rules=where)
     cfg = dataclasses.replace(cfg, compute=config.train.compute)
-    plan = make_plan(model, cfg)
+    plan = trainable.make_plan(cfg, model)
     source_hash = load.content_hash(folder)
     key = jax.random.key(config.seed)
     params, frozen = trainable.init(
@@ -253,8 +236,8 @@ def build(config, workdir: str | Path) -> Built:
     counts = {"trained": tr.count(params), "frozen": tr.count(frozen)}
     if plan.cut and config.data.cache_frozen:
         train, held = _cached(plan, frozen, train, held, source_hash, config, workdir, where)
-        if plan.train in ("top",):
-            frozen = {}
+        # Their output is what the step needs; the weights below the cut would only take memory.
+        frozen = {"policy": {k: v for k, v in frozen["policy"].items() if k != "lower"}}
     shard, shards = hosts.shard()
     length = config.data.row_len or scorer.row_len(train)
     rng_order = np.random.default_rng(config.seed).permutation(len(train))
@@ -305,7 +288,7 @@ def build(config, workdir: str | Path) -> Built:
         "mesh": mesh.describe(where.mesh) if where else "one device",
     }
     meta = {
-        "init": str(folder),
+        "init": str(folder.resolve()),
         "init_sha256": source_hash,
         "template": tokenize.chosen_template(tokenizer, config.data.template),
         "max_len": config.data.max_len,
@@ -336,17 +319,11 @@ def environment() -> dict:
     import optax
     import orbax.checkpoint as ocp
 
+    # Of a source checkout only: an installed package may lie inside somebody else's repository.
     where = Path(__file__).resolve().parents[2]
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(where), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = None
+    commit = None
+    if (where / "pyproject.toml").is_file():
+        commit = _commit(where)
     return {
         "jaxreward": __version__,
         "commit": commit,
@@ -359,6 +336,19 @@ def environment() -> dict:
         "orbax-checkpoint": ocp.__version__,
         "command": " ".join(sys.argv),
     }
+
+
+def _commit(where):
+    try:
+        return subprocess.run(
+            ["git", "-C", str(where), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def run(config, workdir: str | Path) -> Path:

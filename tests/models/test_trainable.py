@@ -265,10 +265,3 @@ def test_impossible_plans_are_refused(arguments, text):
     """Catches a plan that would train nothing, or something else than asked."""
     with pytest.raises(ValueError, match=text):
         trainable.Plan(CFG, **arguments)
-
-
-def test_answer_states_by_hand():
-    """Catches an off-by-one at the end of an answer, and -1 read as the last slot."""
-    h = jnp.arange(12.0).reshape(1, 6, 2)
-    got = trainable.answer_states(h, jnp.array([[5, 0, -1]]))
-    np.testing.assert_array_equal(got, [[[10.0, 11.0], [0.0, 1.0], [0.0, 0.0]]])

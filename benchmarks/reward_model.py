@@ -66,7 +66,7 @@ def prepare(work: Path, task: str, pairs: str | None, steps: int):
     from jaxreward.data import sources
     from jaxreward.data.corpora import hh_rlhf
     from jaxreward.hub import export
-    from jaxreward.models import decoder
+    from jaxreward.models import decoder, families
     from jaxreward.parallel import specs as sp
 
     shutil.rmtree(work, ignore_errors=True)
@@ -101,7 +101,7 @@ def prepare(work: Path, task: str, pairs: str | None, steps: int):
     cfg = decoder.Config(
         vocab=VOCAB, width=256, depth=4, heads=8, kv_heads=4, head_dim=32, mlp=1024
     )
-    raw = decoder.to_hf_config(cfg) | {"eos_token_id": 2, "pad_token_id": 0}
+    raw = families.to_hf_config(cfg) | {"eos_token_id": 2, "pad_token_id": 0}
     (work / "source" / "config.json").write_text(json.dumps(raw))
     params = sp.init(decoder.specs(cfg), jax.random.key(0))
     export.write(work / "model", cfg, params, source=work / "source", about="For a benchmark.")

@@ -13,7 +13,7 @@ import numpy as np
 from jaxreward import __version__
 from jaxreward.core import trees
 from jaxreward.hub import load
-from jaxreward.models import decoder
+from jaxreward.models import decoder, families
 from jaxreward.parallel import specs as sp
 
 log = logging.getLogger(__name__)
@@ -34,19 +34,13 @@ def tensors(
     flat = trees.flatten(params)
     cast = np.dtype(dtype) if dtype != "bfloat16" else jax.numpy.bfloat16
     out = {}
-    for entry in decoder.hf_table(cfg):
-        if score is not None and entry.ours == ("head/kernel",):
+    for entry in families.hf_table(cfg):
+        if score is not None and entry.ours == "head/kernel":
             continue
-        leaves = [np.asarray(jax.device_get(flat[path])) for path in entry.ours]
-        if "{layer}" not in entry.theirs[0]:
-            made = entry.to(*leaves)
-            for name, x in zip(entry.theirs, made if len(entry.theirs) > 1 else (made,)):
-                out[name] = np.ascontiguousarray(x, cast)
-            continue
-        for layer in range(cfg.depth):
-            made = entry.to(*(leaf[layer] for leaf in leaves))
-            for name, x in zip(entry.theirs, made if len(entry.theirs) > 1 else (made,)):
-                out[name.format(layer=layer)] = np.ascontiguousarray(x, cast)
+        leaf = np.asarray(jax.device_get(flat[entry.ours]))
+        for layer in range(cfg.depth) if entry.layered else (0,):
+            made = entry.to(leaf[layer] if entry.layered else leaf)
+            out[entry.theirs.format(layer=layer)] = np.ascontiguousarray(made, cast)
     if score is not None:
         out["score.weight"] = np.ascontiguousarray(
             np.asarray(jax.device_get(score["kernel"])).T, cast
@@ -209,7 +203,7 @@ def write(
     raw = load.read_config(source)
     raw = {
         **raw,
-        **decoder.to_hf_config(cfg),
+        **families.to_hf_config(cfg),
         "dtype": dtype,
         "torch_dtype": dtype,
     }
@@ -218,7 +212,7 @@ def write(
     if score is not None:
         pad, pad_text = pad_token(source, raw)
         raw |= {
-            "architectures": ["LlamaForSequenceClassification"],
+            "architectures": [f"{families.FAMILIES[cfg.family].classes}ForSequenceClassification"],
             "num_labels": int(score["kernel"].shape[1]),
             "id2label": {str(i): f"score_{i}" for i in range(score["kernel"].shape[1])},
             "label2id": {f"score_{i}": i for i in range(score["kernel"].shape[1])},
@@ -285,7 +279,7 @@ def write_tiny(folder: str | Path, *, seed: int = 0) -> Path:
         return folder
     cfg = testing.tiny_config()
     source = testing.write_tokenizer(folder.with_name(folder.name + ".tokenizer"))
-    raw = decoder.to_hf_config(cfg) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    raw = families.to_hf_config(cfg) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     (source / "config.json").write_text(json.dumps(raw))
     params = sp.init(decoder.specs(cfg), jax.random.key(seed))
     write(folder, cfg, params, source=source, about="A random toy model.")

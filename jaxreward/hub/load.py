@@ -5,15 +5,15 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxreward.core import trees
-from jaxreward.models import decoder, heads
+from jaxreward.models import decoder, families, heads
 from jaxreward.parallel import specs as sp
 from jaxreward.parallel.rules import Rules
 
@@ -139,39 +139,45 @@ def _expected(table, cfg) -> dict[str, tuple[int, ...]]:
     described = trees.flatten(decoder.specs(cfg), is_leaf=lambda x: isinstance(x, sp.Param))
     shapes = {}
     for entry in table:
-        layered = "{layer}" in entry.theirs[0]
-        ours = [described[path].shape[layered:] for path in entry.ours]
-        made = jax.eval_shape(entry.to, *(jax.ShapeDtypeStruct(s, np.float32) for s in ours))
-        for name, x in zip(entry.theirs, made if len(entry.theirs) > 1 else (made,)):
-            for layer in range(cfg.depth) if layered else (0,):
-                shapes[name.format(layer=layer)] = x.shape
+        ours = described[entry.ours].shape[entry.layered :]
+        made = jax.eval_shape(entry.to, jax.ShapeDtypeStruct(ours, np.float32))
+        for layer in range(cfg.depth) if entry.layered else (0,):
+            shapes[entry.theirs.format(layer=layer)] = made.shape
     return shapes
 
 
-def _leaves(files, table, cfg, dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Our leaves one by one; layers are written into a stack as they are read."""
-    for entry in table:
-        if "{layer}" not in entry.theirs[0]:
-            back = entry.back(*(_tensor(files, name) for name in entry.theirs))
-            for path, leaf in zip(entry.ours, back if len(entry.ours) > 1 else (back,)):
-                yield path, np.asarray(leaf, dtype)
-            continue
-        stacks: list[np.ndarray] = []
-        for layer in range(cfg.depth):
-            theirs = (_tensor(files, name.format(layer=layer)) for name in entry.theirs)
-            back = entry.back(*theirs)
-            parts = back if len(entry.ours) > 1 else (back,)
-            if not stacks:
-                stacks = [np.empty((cfg.depth, *part.shape), dtype) for part in parts]
-            for stacked, part in zip(stacks, parts):
-                stacked[layer] = part
-        yield from zip(entry.ours, stacks)
+def _stacker(param: sp.Param, dtype, rules):
+    """(an empty stack, a function that writes one layer into it in place)."""
+    axes = param.axes
+    where = rules and rules.sharding(axes, param.shape, layout="storage")
+    part = rules and rules.sharding(axes[1:], param.shape[1:], layout="storage")
+    empty = jax.jit(lambda: jnp.zeros(param.shape, dtype), out_shardings=where)()
+    write = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
+    write = jax.jit(write, donate_argnums=0, out_shardings=where)
+    return empty, lambda stack, x, i: write(stack, jax.device_put(x, part), i)
+
+
+def _leaf(files, entry, param: sp.Param, depth, dtype, rules):
+    """One of our leaves on its devices; the host holds one tensor of the file at a time."""
+    read = lambda name: np.asarray(entry.back(_tensor(files, name)), dtype)
+    if not entry.layered:
+        where = rules and rules.sharding(param.axes, param.shape, layout="storage")
+        return jax.device_put(read(entry.theirs), where)
+    stack, write = _stacker(param, dtype, rules)
+    for layer in range(depth):
+        stack = write(stack, read(entry.theirs.format(layer=layer)), layer)
+        # Transfers are asynchronous: without a wait all layers could be on the host at once.
+        stack.block_until_ready()
+    return stack
 
 
 def load(
     folder: str | Path, *, rules: Rules | None = None, dtype: str = "float32"
 ) -> tuple[decoder.Config, PyTree, PyTree | None]:
-    """Reads a Llama-style folder.
+    """Reads a folder of one of the `families.FAMILIES`.
+
+    A tensor goes from the file to its devices before the next is read, so the host holds this
+    process's shards and little more, however large the checkpoint is.
 
     Args:
       folder: `*ForCausalLM` or `*ForSequenceClassification`.
@@ -186,14 +192,14 @@ def load(
       ValueError: listing every missing, unknown or wrongly shaped tensor at once.
     """
     raw = read_config(folder)
-    cfg = decoder.hf_config(raw)
+    cfg = families.hf_config(raw)
     files = weight_files(folder)
-    table = decoder.hf_table(cfg)
+    table = families.hf_table(cfg)
     wanted, found = _expected(table, cfg), _stored(files)
     scorer = "score.weight" in found
     if scorer and not cfg.tied and "lm_head.weight" not in found:
         # Sequence classification drops the language head: an untied scorer cannot generate.
-        table = tuple(e for e in table if e.theirs != ("lm_head.weight",))
+        table = tuple(e for e in table if e.theirs != "lm_head.weight")
         del wanted["lm_head.weight"]
     # A tied checkpoint may store the head again; scorers bring their own; old files carry buffers.
     spare = {"lm_head.weight", *(n for n in found if n.endswith("rotary_emb.inv_freq"))}
@@ -214,10 +220,8 @@ def load(
         raise ValueError(f"{folder}: the tensors do not fit config.json; " + "; ".join(told))
     described = decoder.specs(cfg)
     flat = trees.flatten(described, is_leaf=lambda x: isinstance(x, sp.Param))
-    params = {}
-    for path, leaf in _leaves(files, table, cfg, np.dtype(dtype)):
-        where = rules and rules.sharding(flat[path].axes, leaf.shape, layout="storage")
-        params[path] = jax.device_put(leaf, where)
+    dtype = jnp.dtype(dtype)
+    params = {e.ours: _leaf(files, e, flat[e.ours], cfg.depth, dtype, rules) for e in table}
     score = None
     if scorer:
         kernel = _tensor(files, "score.weight").astype(np.float32).T
@@ -236,7 +240,7 @@ def import_folder(folder: str | Path, out: str | Path) -> Path:
       FileNotFoundError, ValueError: as `load`, or if `out` is not empty.
     """
     folder, out = Path(folder), Path(out)
-    decoder.hf_config(read_config(folder))
+    families.hf_config(read_config(folder))
     files = sorted({path.name for path in weight_files(folder).values()})
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose a new folder for the import")

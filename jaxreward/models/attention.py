@@ -3,7 +3,8 @@
 Visibility is decided by segments and one order: a token sees the tokens of its own segment, and of
 its trunk (the prompt it shares with other answers), whose order is not greater than its own. Equal
 text therefore gets equal states whether it stands alone, is padded, packed beside others, or hangs
-from a shared prompt.
+from a shared prompt. A sliding window narrows this by positions in the text, not by places in the
+row, and so means the same in all of these.
 
 Attention never holds the scores of a whole row. It walks over tiles of queries and keys, skips the
 tiles in which nothing is visible, and keeps only its result and the log-normaliser; its backward
@@ -11,6 +12,7 @@ pass, written by hand, computes each tile's scores again (Dao et al. 2022, Flash
 XLA). The same code runs on CPU, GPU and TPU.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -33,11 +35,52 @@ SMALL = 128 * 128
 _HIDDEN, _FLOOR = -1e30, -1e29
 
 
-def angles(positions: Int[Array, "B T"], head_dim: int, theta: float):
-    """Sine and cosine of the rotary angles (RoPE), float32[B, T, 1, head_dim / 2] each."""
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How a checkpoint stretched its rotary frequencies for longer texts.
+
+    Attributes:
+      kind: "linear" (all frequencies divided by `factor`) or "llama3" (only the slow ones, with a
+        ramp between; Llama 3.1, as `rope_type: llama3` in transformers).
+      factor: By how much.
+      low, high: For "llama3": turns within `original` positions below which a frequency is divided,
+        and above which it stays.
+      original: For "llama3": positions of the first training.
+    """
+
+    kind: str
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+
+def frequencies(head_dim: int, theta: float, scaling: Scaling | None = None) -> np.ndarray:
+    """Radians a position of each pair of a head, float32[head_dim / 2].
+
+    .. math:: \\omega_i = \\theta^{-2 i / H}
+
+    "llama3" with :math:`n_i = L \\omega_i / 2\\pi` turns within the L original positions:
+
+    .. math:: \\omega_i \\left(\\frac{1 - s_i}{factor} + s_i\\right), \\quad
+        s_i = \\mathrm{clip}\\left(\\frac{n_i - low}{high - low}, 0, 1\\right)
+    """
     half = head_dim // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    omega = theta ** (-np.arange(half, dtype=np.float64) / half)
+    if scaling is not None and scaling.kind == "linear":
+        omega = omega / scaling.factor
+    elif scaling is not None:
+        turns = scaling.original * omega / (2 * np.pi)
+        keep = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        omega = omega * ((1 - keep) / scaling.factor + keep)
+    return omega.astype(np.float32)
+
+
+def angles(
+    positions: Int[Array, "B T"], head_dim: int, theta: float, scaling: Scaling | None = None
+):
+    """Sine and cosine of the rotary angles (RoPE), float32[B, T, 1, head_dim / 2] each."""
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies(head_dim, theta, scaling)
     return jnp.sin(angle), jnp.cos(angle)
 
 
@@ -59,6 +102,9 @@ class Sight:
       segments, trunk: Of the queries, int32[B, T]; 0 = padding, 0 = no trunk.
       order: Of the queries, int32[B, T].
       key_segments, key_order: Of the keys, int32[B, S]; segment 0 = empty.
+      place, key_place: Positions in the text of queries and keys, int32[B, T] and int32[B, S], for
+        a sliding window; None without one.
+      reach: A key is visible from fewer than this many positions on, int32[], or None.
       tiles: True where a query chunk sees anything of a key chunk, bool[T / C, S / C], or None
         when there is one tile.
       sizes: Queries and keys in a tile.
@@ -70,22 +116,29 @@ class Sight:
     order: Any
     key_segments: Any
     key_order: Any
+    place: Any
+    key_place: Any
+    reach: Any
     tiles: Any
     sizes: tuple[int, int] = struct.field(pytree_node=False)
     below: bool = struct.field(pytree_node=False)
 
 
-def visible(
-    segments, trunk, order, key_segments, key_order, *, keys_first=False
-) -> Bool[Array, "B X Y"]:
-    """The rule: same segment or its trunk, no greater order, and neither side padding.
+def visible(queries, keys, reach=None, *, keys_first=False) -> Bool[Array, "B X Y"]:
+    """The rule: same segment or its trunk, no greater order, within reach, neither side padding.
 
-    Returns [B, T, S], or [B, S, T] with `keys_first`.
+    Args:
+      queries: (segments, trunk, order, place). keys: (segments, order, place); as in `Sight`.
+      reach: As in `Sight`; without it the places are not read.
+      keys_first: Return [B, S, T], not [B, T, S].
     """
     q, k = (1, 2) if keys_first else (2, 1)
-    query, shared, last = (jnp.expand_dims(x, q) for x in (segments, trunk, order))
-    key, at = (jnp.expand_dims(x, k) for x in (key_segments, key_order))
-    return ((query == key) | (shared == key)) & (query > 0) & (key > 0) & (at <= last)
+    query, shared, last = (jnp.expand_dims(x, q) for x in queries[:3])
+    key, at = (jnp.expand_dims(x, k) for x in keys[:2])
+    see = ((query == key) | (shared == key)) & (query > 0) & (key > 0) & (at <= last)
+    if reach is None:
+        return see
+    return see & (jnp.expand_dims(queries[3], q) - jnp.expand_dims(keys[2], k) < reach)
 
 
 def sight(
@@ -97,6 +150,8 @@ def sight(
     mask: str = "causal",
     positions: Int[Array, "B T"] | None = None,
     block: int = 0,
+    window: int = 0,
+    key_positions: Int[Array, "B S"] | None = None,
 ) -> Sight:
     """What each query may see, computed once for all layers.
 
@@ -108,16 +163,25 @@ def sight(
       offset: Slot of query 0 in the cache.
       mask: "causal"; "full" (a denoiser: the whole segment is visible); or "block" (block
         diffusion: a token sees its own block of positions and the blocks before it).
-      positions: Position of each query in its text, for "block".
+      positions: Position of each query in its text, for "block" and for a window.
       block: Positions in a block, for "block".
+      window: A token sees itself and window - 1 positions before it; 0 = no limit. Causal only.
+      key_positions: Position of each slot of a cache, for a window.
 
     Raises:
-      ValueError: on an unknown mask, or "block" without positions, with block < 1, or with a cache.
+      ValueError: on an unknown mask; "block" without positions, with block < 1, or with a cache; a
+        window without positions or with another mask than "causal".
     """
     if mask not in MASKS:
         raise ValueError(f"unknown attention mask {mask!r}; use one of {', '.join(MASKS)}")
     B, T = segments.shape
     itself = key_segments is None
+    if window and (mask != "causal" or positions is None or (key_positions is None) != itself):
+        raise ValueError(
+            "a sliding window needs mask='causal' and the positions of queries and keys; received "
+            f"mask={mask!r}, positions {'missing' if positions is None else 'given'}, key_positions "
+            f"{'missing' if key_positions is None else 'given'}"
+        )
     key_segments = segments if itself else key_segments
     S = key_segments.shape[1]
     if mask == "causal":
@@ -137,29 +201,74 @@ def sight(
         order = key_order = positions // block
     one = T * S <= SMALL
     sizes = (T, S) if one else (min(T, CHUNK), min(S, CHUNK))
-    vectors = (
-        _padded(segments, sizes[0]),
-        _padded(trunk, sizes[0]),
-        _padded(order, sizes[0]),
-        _padded(key_segments, sizes[1]),
-        _padded(key_order, sizes[1]),
-    )
-    below = itself and mask == "causal" and not one
-    return Sight(*vectors, None if one else _tiles(*vectors, sizes), sizes, below)
+    place = key_place = reach = None
+    if window:
+        place, key_place = positions, positions if itself else key_positions
+        reach = jnp.asarray(window, jnp.int32)
+    queries, keys = (segments, trunk, order, place), (key_segments, key_order, key_place)
+    return _sight(queries, keys, reach, sizes, one, itself and mask == "causal" and not one)
+
+
+def shared_sight(
+    positions: Int[Array, "B T"],
+    prompts: Bool[Array, "P S"],
+    prompt_positions: Int[Array, "P S"],
+    window: int = 0,
+) -> Sight:
+    """What B = P * G rows see of P shared prompts, for the `trunk` of `attend`.
+
+    Args:
+      positions: Of the rows' tokens in their texts. Padding is taken for a token here: nobody reads
+        what it gets.
+      prompts: True at a token of the prompt. prompt_positions: Of these tokens.
+      window: As in `sight`; 0 = every token of the prompt is seen.
+    """
+    P, S = prompts.shape
+    T = positions.size // P
+    one = T * S <= SMALL
+    sizes = (T, S) if one else (min(T, CHUNK), min(S, CHUNK))
+    ones, zeros = jnp.ones((P, T), jnp.int32), jnp.zeros((P, T), jnp.int32)
+    place, at, reach = None, None, None
+    if window:
+        place, at = positions.reshape(P, T), prompt_positions
+        reach = jnp.asarray(window, jnp.int32)
+    own = prompts.astype(jnp.int32)
+    return _sight((ones, zeros, zeros, place), (own, 0 * own, at), reach, sizes, one, below=False)
+
+
+def _sight(queries, keys, reach, sizes, one, below):
+    queries = tuple(_padded(x, sizes[0]) for x in queries)
+    keys = tuple(_padded(x, sizes[1]) for x in keys)
+    tiles = None if one else _tiles(queries, keys, reach, sizes)
+    *query, place = queries
+    *key, key_place = keys
+    return Sight(*query, *key, place, key_place, reach, tiles, sizes, below)
+
+
+def either(local: Bool[Array, ""], windowed: Sight, whole: Sight) -> Sight:
+    """The first if `local`, else the second: for layers of two kinds in one scan.
+
+    Both are of the same queries and keys and differ in reach alone, so nothing is copied.
+    """
+    far = jnp.iinfo(jnp.int32).max
+    tiles = windowed.tiles
+    if tiles is not None:
+        tiles = jnp.where(local, windowed.tiles, whole.tiles)
+    return windowed.replace(reach=jnp.where(local, windowed.reach, far), tiles=tiles)
 
 
 def _padded(x, multiple):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
+    return None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
 
 
-def _tiles(segments, trunk, order, key_segments, key_order, sizes):
+def _tiles(queries, keys, reach, sizes):
     cut = lambda x: x.reshape(x.shape[0], -1, sizes[0]).swapaxes(0, 1)
 
     def one(chunk):
-        see = visible(*chunk, key_segments, key_order).any((0, 1))
+        see = visible(chunk, keys, reach).any((0, 1))
         return see.reshape(-1, sizes[1]).any(axis=1)
 
-    return jax.lax.map(one, (cut(segments), cut(trunk), cut(order)))
+    return jax.lax.map(one, jax.tree.map(cut, queries))
 
 
 def _pairs(see: Sight):
@@ -172,13 +281,13 @@ def _pairs(see: Sight):
 def _bias(see: Sight, i, j, **order):
     """What is added to the scores of one tile, float32[B, C, S]: 0, or enough to vanish."""
     C, S = see.sizes
-    query = (_slice(x, i, C) for x in (see.segments, see.trunk, see.order))
-    key = (_slice(x, j, S) for x in (see.key_segments, see.key_order))
-    return jnp.where(visible(*query, *key, **order), 0.0, _HIDDEN)
+    query = tuple(_slice(x, i, C) for x in (see.segments, see.trunk, see.order, see.place))
+    key = tuple(_slice(x, j, S) for x in (see.key_segments, see.key_order, see.key_place))
+    return jnp.where(visible(query, key, see.reach, **order), 0.0, _HIDDEN)
 
 
 def _slice(x, i, size):
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+    return None if x is None else jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
 
 
 def _cut_queries(x, K, C):
@@ -248,11 +357,10 @@ def _tied(q, see: Sight):
     return jax.lax.optimization_barrier((q, see))
 
 
-def _forward(q, k, v, see: Sight):
+def _forward(q, k, v, see: Sight, scale, softcap):
     q, see = _tied(q, see)
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     K = k.shape[1]
-    scale = 1 / math.sqrt(H)
     qs, ks, vs = _cut_queries(q, K, see.sizes[0]), *(_cut_keys(x, see.sizes[1]) for x in (k, v))
 
     def operands(i, j):
@@ -262,6 +370,8 @@ def _forward(q, k, v, see: Sight):
         qi, kj, vj, bias = given
         top, norm, mixed = old
         scores = _times("bkxh,bksh->bkxs", qi, kj) * scale
+        if softcap:
+            scores = softcap * jnp.tanh(scores / softcap)
         grouped = scores.reshape(*scores.shape[:2], N // K, -1, scores.shape[3])
         scores = (grouped + bias[:, None, None]).reshape(scores.shape)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -279,36 +389,41 @@ def _forward(q, k, v, see: Sight):
     return out, _join_queries(top + jnp.log(norm), (B, T, N))
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_part(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     see: Sight,
+    scale: float,
+    softcap: float = 0.0,
 ):
     """Softmax attention over one set of keys, and its log-normaliser.
 
     Both results may be differentiated, so parts over different sets of keys can be merged.
 
+    Args:
+      q, k, v, see: As in `attend`.
+      scale: Of the products. softcap: c of c * tanh(score / c) before the softmax, 0 = none.
+
     Returns:
       (out [B,T,N,H] in the dtype of q, lse float32[B,T,N]). A query that sees nothing gets 0 and
       a log-normaliser of -1e29.
     """
-    return _forward(q, k, v, see)
+    return _forward(q, k, v, see, scale, softcap)
 
 
-def _attend_fwd(q, k, v, see):
-    out, lse = _forward(q, k, v, see)
+def _attend_fwd(q, k, v, see, scale, softcap):
+    out, lse = _forward(q, k, v, see, scale, softcap)
     return (out, lse), (q, k, v, out, lse, see)
 
 
-def _attend_bwd(kept, cotangents):
+def _attend_bwd(scale, softcap, kept, cotangents):
     q, k, v, out, lse, see = kept
     q, see = _tied(q, see)
     d_out, d_lse = cotangents
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     K, S = k.shape[1:3]
-    scale = 1 / math.sqrt(H)
     # d score = weight * (d weight - delta), with the slope of the log-normaliser taken in.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     qs, ds, lses, deltas = (_cut_queries(x, K, see.sizes[0]) for x in (q, d_out, lse, delta))
@@ -324,9 +439,14 @@ def _attend_bwd(kept, cotangents):
         dk, dv = old
         # Elementwise work with the heads of a group apart, as the bias is the same for all.
         apart = lambda x: x.reshape(*x.shape[:-1], N // K, -1)
-        scores = apart(_times("bksh,bkxh->bksx", kj, qi)) * scale + bias[:, None, :, None]
-        weights = jnp.exp(scores - apart(top)[:, :, None])
+        scores = apart(_times("bksh,bkxh->bksx", kj, qi)) * scale
+        if softcap:
+            bent = jnp.tanh(scores / softcap)
+            scores = softcap * bent
+        weights = jnp.exp(scores + bias[:, None, :, None] - apart(top)[:, :, None])
         slope = weights * (apart(_times("bksh,bkxh->bksx", vj, di)) - apart(mean)[:, :, None])
+        if softcap:
+            slope = slope * (1 - bent * bent)
         together = lambda x: x.reshape(*x.shape[:-2], -1).astype(q.dtype)
         slope, weights = together(slope), together(weights)
         return dq + _times("bksh,bksx->bkhx", kj, slope), (
@@ -357,6 +477,8 @@ def attend(
     see: Sight,
     *,
     trunk: tuple | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the visible keys; a query that sees nothing gets 0.
 
@@ -366,20 +488,21 @@ def attend(
     Args:
       q, k, v: Queries, keys, values.
       see: From `sight`.
-      trunk: Keys and values that G = B / P consecutive rows share, all visible where the mask is
-        True: (k [P,K,S',H], v [P,K,S',H], mask [P,S']). They are read once per P, not per B, and
+      trunk: Keys and values that G = B / P consecutive rows share, and what is seen of them:
+        (k [P,K,S',H], v [P,K,S',H], from `shared_sight`). They are read once per P, not per B, and
         merged with the rows' own part by their log-sum-exp.
+      scale: Of the products; default 1 / sqrt(H).
+      softcap: Scores become softcap * tanh(score / softcap) (Gemma 2); 0 = they stay.
     """
-    own, lse = attend_part(q, k, v, see)
+    B, T, N, H = q.shape
+    scale = 1 / math.sqrt(H) if scale is None else scale
+    own, lse = attend_part(q, k, v, see, scale, softcap)
     if trunk is None:
         return own
-    trunk_k, trunk_v, mask = trunk
-    B, T, N, H = q.shape
+    trunk_k, trunk_v, trunk_see = trunk
     P = trunk_k.shape[0]
     together = q.reshape(P, (B // P) * T, N, H)
-    ones = jnp.ones(together.shape[:2], jnp.int32)
-    all_of_it = sight(ones, 0 * ones, mask.astype(jnp.int32), mask="full")
-    shared, shared_lse = attend_part(together, trunk_k, trunk_v, all_of_it)
+    shared, shared_lse = attend_part(together, trunk_k, trunk_v, trunk_see, scale, softcap)
     shared, shared_lse = shared.reshape(q.shape), shared_lse.reshape(lse.shape)
     highest = jax.lax.stop_gradient(jnp.maximum(lse, shared_lse))
     a, b = jnp.exp(lse - highest), jnp.exp(shared_lse - highest)

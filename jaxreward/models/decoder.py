@@ -1,17 +1,18 @@
-"""Llama-style decoder: RMSNorm, rotary attention with grouped keys, SwiGLU.
+"""The decoder of Llama, Mistral, Qwen and Gemma: RMSNorm, rotary attention, a gated MLP.
 
+What sets the families apart is in `Config`; which checkpoint is which is in `models/families.py`.
 Parameters (layers stacked on a leading axis, scanned):
 
     embed/table [V,D]   norm/scale [D]   head/kernel [D,V] (absent when tied)
-    layers/attn_norm/scale   layers/attn/{q,k,v,o}/kernel
+    layers/attn_norm/scale   layers/attn/{q,k,v,o}/kernel   layers/attn/{q,k,v}/bias (bias)
     layers/mlp_norm/scale    layers/mlp/{gate,up,down}/kernel
+    layers/attn/{q,k}_norm/scale (qk_norm)   layers/{attn,mlp}_post/scale (post_norms)
 
 A model may be cut into a lower and an upper part (`split`): frozen lower layers then run once, and
 the upper part starts from their states.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from jaxreward.parallel.specs import Param
 
 PyTree = Any
 REMAT = ("cheap", "full", "none")
+ACTS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 # What remat="cheap" keeps of a block besides what attention keeps: results of matrix products.
 KEPT = ("residual", "gate", "up")
 
@@ -39,6 +41,19 @@ class Config:
     Attributes:
       vocab, width, depth, heads, kv_heads, head_dim, mlp: Sizes.
       rope_theta, norm_eps: Rotary base and RMSNorm epsilon.
+      family: Whose checkpoints it reads and writes (`models/families.py`).
+      act: Of the MLP's gate, "silu" or "gelu_tanh".
+      bias: Queries, keys and values have a bias (Qwen2).
+      qk_norm: Queries and keys are normalised head by head (Qwen3, Gemma 3).
+      post_norms: The results of attention and MLP are normalised too (Gemma).
+      plus_one: Norms multiply by 1 + scale (Gemma).
+      embed_scale: Embeddings are multiplied by sqrt(width) (Gemma).
+      query_scalar: Scores are divided by its square root; 0 = head_dim.
+      attn_softcap, logit_softcap: c of c * tanh(x / c) on scores and logits; 0 = none (Gemma 2).
+      window: What a windowed layer sees, in positions; 0 = no layer has a window.
+      windowed: Which layers those are; one flag a layer, or empty.
+      rope_scaling: Stretched rotary frequencies, of the layers without a window if both exist.
+      window_theta: Rotary base of the windowed layers; 0 = as the others.
       tied: The head is the transposed embedding table.
       max_len: Longest position the checkpoint was trained for.
       mask: "causal"; for a denoiser "full", or "block" with `block` positions a block.
@@ -60,6 +75,20 @@ class Config:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = False
+    family: str = "llama"
+    act: str = "silu"
+    bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    plus_one: bool = False
+    embed_scale: bool = False
+    query_scalar: float = 0.0
+    attn_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    window: int = 0
+    windowed: tuple[bool, ...] = ()
+    rope_scaling: attention.Scaling | None = None
+    window_theta: float = 0.0
     max_len: int = 2048
     mask: str = "causal"
     block: int = 0
@@ -79,6 +108,15 @@ class Config:
             raise ValueError(f"mask={self.mask!r} does not go with block={self.block}")
         if self.remat not in REMAT:
             raise ValueError(f"unknown remat {self.remat!r}; use {', '.join(REMAT)}")
+        if self.act not in ACTS:
+            raise ValueError(f"unknown act {self.act!r}; use {', '.join(ACTS)}")
+        if any(self.windowed) and (self.window < 1 or self.mask != "causal"):
+            raise ValueError(
+                f"windowed layers need window >= 1 and mask='causal'; received window={self.window} "
+                f"and mask={self.mask!r}"
+            )
+        if self.windowed and len(self.windowed) != self.depth:
+            raise ValueError(f"windowed has {len(self.windowed)} flags for {self.depth} layers")
 
 
 @struct.dataclass
@@ -88,6 +126,7 @@ class Cache:
     Attributes:
       k, v: [L, B, K, S, H] in the compute dtype: the layout that attention reads.
       segments: Segment of each slot, int32[B, S]; 0 = empty.
+      positions: Position in the text of each slot, int32[B, S].
       length: Slots filled so far, the same in every row, int32[].
       trunk: Cache of P prompts that B / P consecutive rows each go on from, or None. It is read,
         never copied or written.
@@ -96,6 +135,7 @@ class Cache:
     k: Float[Array, "L B K S H"]
     v: Float[Array, "L B K S H"]
     segments: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
     length: Int[Array, ""]
     trunk: "Cache | None" = None
 
@@ -111,8 +151,9 @@ class Hidden:
 def block_specs(cfg: Config) -> PyTree:
     """Leaves of one layer."""
     D, N, K, H, F = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp
-    norm = lambda: {"scale": Param((D,), ("act_embed",), "ones")}
-    return {
+    one = "zeros" if cfg.plus_one else "ones"
+    norm = lambda: {"scale": Param((D,), ("act_embed",), one)}
+    tree = {
         "attn_norm": norm(),
         "attn": {
             "q": {"kernel": Param((D, N, H), ("embed", "heads", "head_dim"))},
@@ -127,6 +168,16 @@ def block_specs(cfg: Config) -> PyTree:
             "down": {"kernel": Param((F, D), ("mlp", "embed"))},
         },
     }
+    attn = tree["attn"]
+    if cfg.bias:
+        attn["q"]["bias"] = Param((N, H), ("heads", "head_dim"), "zeros")
+        for n in ("k", "v"):
+            attn[n]["bias"] = Param((K, H), ("kv_heads", "head_dim"), "zeros")
+    if cfg.qk_norm:
+        attn |= {n: {"scale": Param((H,), ("head_dim",), one)} for n in ("q_norm", "k_norm")}
+    if cfg.post_norms:
+        tree |= {"attn_post": norm(), "mlp_post": norm()}
+    return tree
 
 
 def specs(cfg: Config) -> PyTree:
@@ -135,7 +186,8 @@ def specs(cfg: Config) -> PyTree:
     if cfg.has_embed:
         tree["embed"] = {"table": Param((cfg.vocab, cfg.width), ("vocab", "embed"))}
     if cfg.has_norm:
-        tree["norm"] = {"scale": Param((cfg.width,), ("act_embed",), "ones")}
+        one = "zeros" if cfg.plus_one else "ones"
+        tree["norm"] = {"scale": Param((cfg.width,), ("act_embed",), one)}
         if not cfg.tied:
             tree["head"] = {"kernel": Param((cfg.width, cfg.vocab), ("embed", "vocab"))}
     return tree
@@ -149,8 +201,9 @@ def split(cfg: Config, at: int) -> tuple[Config, Config]:
     """
     if not 0 < at <= cfg.depth:
         raise ValueError(f"cannot split {cfg.depth} layers at {at}; choose 1 to {cfg.depth}")
-    lower = dataclasses.replace(cfg, depth=at, has_norm=False)
-    return lower, dataclasses.replace(cfg, depth=cfg.depth - at, has_embed=False)
+    below = dict(depth=at, windowed=cfg.windowed[:at], has_norm=False)
+    above = dict(depth=cfg.depth - at, windowed=cfg.windowed[at:], has_embed=False)
+    return dataclasses.replace(cfg, **below), dataclasses.replace(cfg, **above)
 
 
 def split_params(params: PyTree, at: int) -> tuple[PyTree, PyTree]:
@@ -171,14 +224,17 @@ def embed(params: PyTree, cfg: Config, rows: Rows, *, rules: Rules | None = None
     if rows.features is not None:
         return constrain(rows.features.astype(cfg.compute), ("batch", "length", "act_embed"), rules)
     x = lookup(params["embed"]["table"], ("vocab", "embed"), rows.tokens, cfg.compute, rules)
+    if cfg.embed_scale:
+        # Rounded to the compute dtype first, as the checkpoints were trained.
+        x = x * jnp.asarray(cfg.width**0.5, cfg.compute)
     return constrain(x, ("batch", "length", "act_embed"), rules)
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float):
-    """x / rms(x) * scale, computed in float32, returned in the dtype of x."""
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], cfg: Config):
+    """x / rms(x) * scale (1 + scale with `plus_one`), in float32; returned in the dtype of x."""
+    x32, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + cfg.norm_eps)
+    return (x32 * inverse * (1 + scale if cfg.plus_one else scale)).astype(x.dtype)
 
 
 def dense(x: Float[Array, "B T *inner"], kernel: Float[Array, "..."], inner: int = 1):
@@ -201,35 +257,43 @@ def block(w: PyTree, cfg: Config, x, *, turn, see, rules=None, cached=None, trun
       turn: From `attention.angles`. see: From `attention.sight`.
       cached: None, or a function (k, v) -> (k, v) that stores new keys and values [B,K,T,H] and
         returns all.
-      trunk: Keys, values and mask of a shared prompt, as `attention.attend` takes them.
+      trunk: Keys, values and sight of a shared prompt, as `attention.attend` takes them.
 
     Returns:
       The residual stream after the layer.
     """
     remember = _cheap(cfg)
+    normed = lambda x, name: rms_norm(x, w[name]["scale"], cfg) if name in w else x
 
     def project(x):
-        h = rms_norm(x, w["attn_norm"]["scale"], cfg.norm_eps)
+        h = normed(x, "attn_norm")
         q, k, v = (dense(h, w["attn"][n]["kernel"]) for n in ("q", "k", "v"))
+        if cfg.bias:
+            q, k, v = (x + w["attn"][n]["bias"].astype(x.dtype) for x, n in zip((q, k, v), "qkv"))
+        if cfg.qk_norm:
+            q = rms_norm(q, w["attn"]["q_norm"]["scale"], cfg)
+            k = rms_norm(k, w["attn"]["k_norm"]["scale"], cfg)
         q, k = attention.rotary(q, turn), attention.rotary(k, turn)
         q = constrain(q, ("batch", "length", "heads", "head_dim"), rules)
         return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def mix(x, mixed):
-        x = checkpoint_name(x + dense(mixed, w["attn"]["o"]["kernel"], inner=2), "residual")
+        mixed = normed(dense(mixed, w["attn"]["o"]["kernel"], inner=2), "attn_post")
+        x = checkpoint_name(x + mixed, "residual")
         with jax.named_scope("mlp"):
-            h = rms_norm(x, w["mlp_norm"]["scale"], cfg.norm_eps)
+            h = normed(x, "mlp_norm")
             gate, up = (dense(h, w["mlp"][n]["kernel"]) for n in ("gate", "up"))
             gate = constrain(gate, ("batch", "length", "mlp"), rules)
             gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-            x = x + dense(jax.nn.silu(gate) * up, w["mlp"]["down"]["kernel"])
-        return x
+            down = dense(ACTS[cfg.act](gate) * up, w["mlp"]["down"]["kernel"])
+        return x + normed(down, "mlp_post")
 
     with jax.named_scope("attention"):
         q, k, v = remember(project)(x)
         if cached is not None:
             k, v = cached(k, v)
-        mixed = attention.attend(q, k, v, see, trunk=trunk)
+        scale = (cfg.query_scalar or cfg.head_dim) ** -0.5
+        mixed = attention.attend(q, k, v, see, trunk=trunk, scale=scale, softcap=cfg.attn_softcap)
     x = remember(mix)(x, mixed)
     return constrain(x, ("batch", "length", "act_embed"), rules)
 
@@ -238,8 +302,8 @@ def empty_cache(cfg: Config, batch: int, slots: int, *, trunk: Cache | None = No
     """A cache of `slots` empty slots for `batch` rows, which may go on from shared prompts."""
     shape = (cfg.depth, batch, cfg.kv_heads, slots, cfg.head_dim)
     zeros = jnp.zeros(shape, cfg.compute)
-    segments = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(zeros, zeros, segments, jnp.zeros((), jnp.int32), trunk)
+    none = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(zeros, zeros, none, none, jnp.zeros((), jnp.int32), trunk)
 
 
 def backbone(
@@ -273,24 +337,33 @@ def backbone(
       ValueError: if `layer_xs` is given, or positions have more than one axis.
     """
     if layer_xs is not None:
-        raise ValueError("the Llama decoder takes no per-layer inputs; leave layer_xs at None")
+        raise ValueError("this decoder takes no per-layer inputs; leave layer_xs at None")
     if positions.shape[-1] != 1:
         raise ValueError(f"this decoder has one rotary axis; positions have {positions.shape[-1]}")
-    turn = attention.angles(positions[..., 0], cfg.head_dim, cfg.rope_theta)
+    places = positions[..., 0]
+    turn, windowed_turn = _turns(cfg, places)
     one_layer = block_specs(cfg)
     stacked = {"w": params["layers"], "lora": adapters.tree["layers"] if adapters else {}}
+    if any(cfg.windowed):
+        stacked["windowed"] = jnp.array(cfg.windowed)
 
     def layer(x, leaf, see, cached=None, trunk_kv=None):
         w = sp.gather(leaf["w"], one_layer, rules)
         if adapters is not None:
             w = lora.merge(w, leaf["lora"], adapters.scale)
-        return block(w, cfg, x, turn=turn, see=see, rules=rules, cached=cached, trunk=trunk_kv)
+        angles = turn
+        if windowed_turn is not None:
+            angles = jax.tree.map(lambda a, b: jnp.where(leaf["windowed"], a, b), windowed_turn, turn)
+        return block(w, cfg, x, turn=angles, see=see, rules=rules, cached=cached, trunk=trunk_kv)
 
     if cache is None:
-        see = attention.sight(
-            segments, trunk, mask=cfg.mask, positions=positions[..., 0], block=cfg.block
+        looks = _looks(
+            cfg,
+            lambda **kw: attention.sight(
+                segments, trunk, mask=cfg.mask, positions=places, block=cfg.block, **kw
+            ),
         )
-        step = lambda x, leaf: layer(x, leaf, see)
+        step = lambda x, leaf: layer(x, leaf, looks(leaf))
         if cfg.remat == "full":
             step = jax.checkpoint(step, prevent_cse=not cfg.scan)
         if cfg.scan:
@@ -299,10 +372,30 @@ def backbone(
             for i in range(cfg.depth):
                 x = step(x, jax.tree.map(lambda a: a[i], stacked))
     else:
-        x, cache = _cached_layers(layer, cfg, x, stacked, segments, trunk, cache)
+        x, cache = _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache)
     if cfg.has_norm:
-        x = rms_norm(x, params["norm"]["scale"], cfg.norm_eps)
+        x = rms_norm(x, params["norm"]["scale"], cfg)
     return Hidden(x, cache)
+
+
+def _turns(cfg, places):
+    """Rotary angles of the layers without and with a window; the latter None if they are the same."""
+    turn = attention.angles(places, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    if not any(cfg.windowed) or not cfg.window_theta:
+        return turn, None
+    return turn, attention.angles(places, cfg.head_dim, cfg.window_theta)
+
+
+def _looks(cfg, sight):
+    """What a layer sees, as a function of its leaf; `sight` makes it for a window."""
+    if not any(cfg.windowed):
+        whole = sight()
+        return lambda leaf: whole
+    windowed = sight(window=cfg.window)
+    if all(cfg.windowed):
+        return lambda leaf: windowed
+    whole = sight()
+    return lambda leaf: attention.either(leaf["windowed"], windowed, whole)
 
 
 def _cheap(cfg):
@@ -314,20 +407,33 @@ def _cheap(cfg):
     return lambda half: jax.checkpoint(half, policy=policy, prevent_cse=not cfg.scan)
 
 
-def _cached_layers(layer, cfg, x, stacked, segments, trunk, cache):
+def _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache):
     start = cache.length
     key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, start))
-    see = attention.sight(segments, trunk, key_segments, offset=start, mask=cfg.mask)
+    key_places = jax.lax.dynamic_update_slice(cache.positions, places, (0, start))
 
+    def sight(window=0):
+        where = dict(positions=places, key_positions=key_places) if window else {}
+        return attention.sight(
+            segments, trunk, key_segments, offset=start, mask=cfg.mask, window=window, **where
+        )
+
+    def trunk_sight(window=0):
+        prompts = cache.trunk
+        return attention.shared_sight(places, prompts.segments > 0, prompts.positions, window)
+
+    looks = _looks(cfg, sight)
     shared = None
     if cache.trunk is not None:
         shared = {"k": cache.trunk.k, "v": cache.trunk.v}
-        mask = cache.trunk.segments > 0
+        trunk_looks = _looks(cfg, trunk_sight)
 
     def one(carry, leaf, prompt, i):
         x, ks, vs = carry
         new = []
-        trunk_kv = None if prompt is None else (prompt["k"], prompt["v"], mask)
+        trunk_kv = None
+        if prompt is not None:
+            trunk_kv = (prompt["k"], prompt["v"], trunk_looks(leaf))
 
         def cached(k, v):
             # Written into the stacked buffers, which XLA updates in place inside a loop.
@@ -336,7 +442,7 @@ def _cached_layers(layer, cfg, x, stacked, segments, trunk, cache):
             new.append(jax.lax.dynamic_update_slice(vs, v[None].astype(vs.dtype), at))
             return new[0][i], new[1][i]
 
-        x = layer(x, leaf, see, cached, trunk_kv)
+        x = layer(x, leaf, looks(leaf), cached, trunk_kv)
         return (x, *new)
 
     carry = (x, cache.k, cache.v)
@@ -348,7 +454,8 @@ def _cached_layers(layer, cfg, x, stacked, segments, trunk, cache):
         for i in range(cfg.depth):
             carry = one(carry, *jax.tree.map(lambda a: a[i], (stacked, shared)), i)
     x, ks, vs = carry
-    return x, Cache(ks, vs, key_segments, start + segments.shape[1], cache.trunk)
+    length = start + segments.shape[1]
+    return x, Cache(ks, vs, key_segments, key_places, length, cache.trunk)
 
 
 def head_matrix(params: PyTree, cfg: Config) -> Float[Array, "D V"]:
@@ -356,146 +463,7 @@ def head_matrix(params: PyTree, cfg: Config) -> Float[Array, "D V"]:
     return params["embed"]["table"].T if cfg.tied else params["head"]["kernel"]
 
 
-# Hugging Face
-
-# Fields of config.json whose non-default value would change the computation in a way that this file
-# does not implement. Anything else in config.json is either used below or does not affect it.
-_MUST_BE = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None,),
-    "partial_rotary_factor": (1.0,),
-    "use_sliding_window": (False,),
-    "sliding_window": (None,),
-    "num_local_experts": (None, 0),
-    "pretraining_tp": (1,),
-}
-ARCHITECTURES = ("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaModel")
-
-
-def hf_config(raw: dict) -> Config:
-    """Config of a Llama checkpoint from its raw config.json.
-
-    Accepts both spellings of the rotary base (`rope_theta`, and `rope_parameters` of newer files).
-
-    Raises:
-      ValueError: naming every field whose value this decoder does not implement.
-    """
-    problems = []
-    if raw.get("model_type", "llama") != "llama":
-        problems.append(f"model_type={raw['model_type']!r} (supported: 'llama')")
-    for field, allowed in _MUST_BE.items():
-        if field in raw and raw[field] is not None and raw[field] not in allowed:
-            problems.append(f"{field}={raw[field]!r}")
-    rope = raw.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        problems.append(f"rope_parameters.rope_type={rope_type!r}")
-    missing = [
-        f
-        for f in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-        )
-        if f not in raw
-    ]
-    if missing:
-        problems.append(f"missing {', '.join(missing)}")
-    if problems:
-        raise ValueError("config.json asks for what this decoder lacks: " + "; ".join(problems))
-    heads = raw["num_attention_heads"]
-    return Config(
-        vocab=raw["vocab_size"],
-        width=raw["hidden_size"],
-        depth=raw["num_hidden_layers"],
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        mlp=raw["intermediate_size"],
-        # In transformers' order: rope_parameters wins where a file has both.
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        max_len=raw.get("max_position_embeddings", 2048),
-    )
-
-
-def to_hf_config(cfg: Config) -> dict:
-    """config.json of a model of this shape; how it is run (compute, scan, mask) is not in it."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": cfg.vocab,
-        "hidden_size": cfg.width,
-        "num_hidden_layers": cfg.depth,
-        "num_attention_heads": cfg.heads,
-        "num_key_value_heads": cfg.kv_heads,
-        "head_dim": cfg.head_dim,
-        "intermediate_size": cfg.mlp,
-        "hidden_act": "silu",
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-        "tie_word_embeddings": cfg.tied,
-        "max_position_embeddings": cfg.max_len,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One correspondence between our leaves and a checkpoint's tensors.
-
-    Attributes:
-      ours: Our paths. `theirs`: serialised names; "{layer}" stands for the layer number, and then
-        the functions see one layer at a time.
-      to: Our arrays to theirs. `back`: theirs to ours.
-    """
-
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    to: Any
-    back: Any
-
-
-def hf_table(cfg: Config) -> tuple[Entry, ...]:
-    """Names and layouts of a Llama checkpoint. Torch keeps [out, in]; we keep [in..., out...]."""
-    D, H = cfg.width, cfg.head_dim
-    same = lambda x: x
-
-    def linear(ours, theirs, inner, outer):
-        return Entry(
-            (f"layers/{ours}/kernel",),
-            (f"model.layers.{{layer}}.{theirs}.weight",),
-            lambda x: x.reshape(-1, math.prod(outer)).T,
-            lambda x: x.T.reshape(*inner, *outer),
-        )
-
-    def norm(ours, theirs):
-        return Entry(
-            (f"layers/{ours}/scale",), (f"model.layers.{{layer}}.{theirs}.weight",), same, same
-        )
-
-    N, K, F = cfg.heads, cfg.kv_heads, cfg.mlp
-    table = [
-        Entry(("embed/table",), ("model.embed_tokens.weight",), same, same),
-        norm("attn_norm", "input_layernorm"),
-        linear("attn/q", "self_attn.q_proj", (D,), (N, H)),
-        linear("attn/k", "self_attn.k_proj", (D,), (K, H)),
-        linear("attn/v", "self_attn.v_proj", (D,), (K, H)),
-        linear("attn/o", "self_attn.o_proj", (N, H), (D,)),
-        norm("mlp_norm", "post_attention_layernorm"),
-        linear("mlp/gate", "mlp.gate_proj", (D,), (F,)),
-        linear("mlp/up", "mlp.up_proj", (D,), (F,)),
-        linear("mlp/down", "mlp.down_proj", (F,), (D,)),
-        Entry(("norm/scale",), ("model.norm.weight",), same, same),
-    ]
-    if not cfg.tied:
-        transpose = lambda x: x.T
-        table.append(Entry(("head/kernel",), ("lm_head.weight",), transpose, transpose))
-    return tuple(table)
+def logits(states: Float[Array, "... D"], head: Float[Array, "D V"], cfg: Config):
+    """Logits of states, float32[..., V]; softcap * tanh(logit / softcap) where the config has one."""
+    out = jnp.matmul(states, head.astype(states.dtype), preferred_element_type=jnp.float32)
+    return cfg.logit_softcap * jnp.tanh(out / cfg.logit_softcap) if cfg.logit_softcap else out

@@ -92,26 +92,28 @@ def _slices(head, positions, chunk):
     return jnp.moveaxis(head.reshape(head.shape[0], -1, n), 2, 0), extra
 
 
-def _logits(x, w, c, n, extra, V):
-    """Logits of slice c, float32[M, V / n], and the vocabulary entries of its columns."""
+def _logits(x, w, c, n, extra, V, softcap):
+    """Logits of slice c, float32[M, V / n], their bend in (-1, 1), and their vocabulary entries."""
     entry = jnp.arange(w.shape[1], dtype=jnp.int32) * n + c
     z = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (jnp.where(entry < V, z, -jnp.inf) if extra else z), entry
+    bend = jnp.tanh(z / softcap) if softcap else None
+    z = softcap * bend if softcap else z
+    return (jnp.where(entry < V, z, -jnp.inf) if extra else z), bend, entry
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_logps(x, head, targets, scale, chunk):
-    return _fwd(x, head, targets, scale, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_logps(x, head, targets, scale, chunk, softcap):
+    return _fwd(x, head, targets, scale, chunk, softcap)[0]
 
 
-def _fwd(x, head, targets, scale, chunk):
+def _fwd(x, head, targets, scale, chunk, softcap):
     slices, extra = _slices(head, x.shape[0], chunk)
     n, V = len(slices), head.shape[1]
 
     def one(carry, xs):
         top, norm, weighted, target = carry
         w, c = xs
-        z, entry = _logits(x, w, c, n, extra, V)
+        z, _, entry = _logits(x, w, c, n, extra, V, softcap)
         z = z * scale
         highest = jnp.maximum(top, jnp.max(z, axis=1))
         weights = jnp.exp(z - highest[:, None])
@@ -130,7 +132,7 @@ def _fwd(x, head, targets, scale, chunk):
     return (target - lse, entropy), (x, head, targets, lse, entropy)
 
 
-def _bwd(scale, chunk, kept, cotangents):
+def _bwd(scale, chunk, softcap, kept, cotangents):
     x, head, targets, lse, entropy = kept
     d_logp, d_entropy = cotangents
     slices, extra = _slices(head, x.shape[0], chunk)
@@ -138,13 +140,15 @@ def _bwd(scale, chunk, kept, cotangents):
 
     def one(dx, xs):
         w, c = xs
-        z, entry = _logits(x, w, c, n, extra, V)
+        z, bend, entry = _logits(x, w, c, n, extra, V, softcap)
         logp = z * scale - lse[:, None]
         p = jnp.exp(logp)
         surprise = jnp.where(jnp.isneginf(logp), 0.0, logp) if extra else logp
         dz = jnp.where(entry == targets[:, None], d_logp[:, None], 0.0) - p * (
             d_logp[:, None] + d_entropy[:, None] * (surprise + entropy[:, None])
         )
+        if softcap:
+            dz = dz * (1 - bend * bend)
         dz = (dz * scale).astype(x.dtype)
         dx = dx + jnp.matmul(dz, w.astype(x.dtype).T, preferred_element_type=jnp.float32)
         # Complete for these columns: the head's gradient is reduced over devices once.
@@ -165,6 +169,7 @@ def token_logps(
     targets: Int[Array, "B S"],
     *,
     temperature: float = 1.0,
+    softcap: float = 0.0,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
     """Log-probability of each target, and entropy of its distribution.
@@ -184,6 +189,8 @@ def token_logps(
       head: From states to logits (`head_matrix` of the model). May be split over its columns.
       targets: Token ids.
       temperature: Divides the logits; use the sampler's.
+      softcap: Of the model's config (`logit_softcap`): c of c * tanh(z / c), before the
+        temperature; 0 = none.
       chunk: Vocabulary entries at a time; None sizes slices so that at most about `LOGITS` logits
         exist at once (never fewer than 1024 entries).
 
@@ -196,7 +203,8 @@ def token_logps(
     if not temperature > 0:
         raise ValueError(f"temperature must be positive; received {temperature}")
     flat = states.reshape(-1, states.shape[-1])
-    logps, entropy = _token_logps(flat, head, targets.reshape(-1), 1 / temperature, chunk)
+    flat_targets = targets.reshape(-1)
+    logps, entropy = _token_logps(flat, head, flat_targets, 1 / temperature, chunk, softcap)
     return logps.reshape(targets.shape), entropy.reshape(targets.shape)
 
 
@@ -205,6 +213,7 @@ def cross_entropy(
     head: Float[Array, "D V"],
     at: Scored,
     *,
+    softcap: float = 0.0,
     chunk: int | None = None,
 ) -> Float[Array, "B S"]:
     """Negative log-likelihood of the scored tokens, float32[B, S]; 0 where the mask is False.
@@ -215,11 +224,11 @@ def cross_entropy(
       states: Hidden states of all slots.
       head: From states to logits.
       at: From `scored`. Only its states reach the head.
-      chunk: As `token_logps`.
+      softcap, chunk: As `token_logps`.
 
     Returns:
       Loss per token, not reduced: the training step divides once, by an exact weight.
     """
     picked = jnp.take_along_axis(states, at.source[..., None], axis=1)
-    logps, _ = token_logps(picked, head, at.target, chunk=chunk)
+    logps, _ = token_logps(picked, head, at.target, softcap=softcap, chunk=chunk)
     return jnp.where(at.mask, -logps, 0.0)

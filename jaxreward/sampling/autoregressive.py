@@ -108,7 +108,7 @@ def sample(
 
     def body(carry):
         i, last, cache, out = carry
-        logits = (last @ head).astype(jnp.float32)
+        logits = decoder.logits(last, head, cfg)
         token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
         at = lambda x: jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]
         scaled = choose.logits(logits)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxreward import testing
 from jaxreward.hub import load
-from jaxreward.models import decoder
+from jaxreward.models import families
 from jaxreward.parallel import mesh, rules
 
 V, D, L, N, K, H, F = 259, 32, 2, 4, 2, 8, 64
@@ -43,7 +43,7 @@ def weights(*, seed=0, tied=True, score=0, dtype=np.float32):
 def write(folder, tensors, *, tied=True, shards=1, **config):
     """A model folder with these tensors, single or in shards with an index."""
     testing.write_tokenizer(folder)
-    raw = decoder.to_hf_config(testing.tiny_config(tied=tied)) | config
+    raw = families.to_hf_config(testing.tiny_config(tied=tied)) | config
     (folder / "config.json").write_text(json.dumps(raw))
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -312,7 +312,7 @@ def test_shards_that_transformers_wrote(tmp_path, require):
     import torch
     import transformers
 
-    raw = decoder.to_hf_config(testing.tiny_config())
+    raw = families.to_hf_config(testing.tiny_config())
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).to(torch.bfloat16)
     folder = tmp_path / "m"
     model.save_pretrained(folder, max_shard_size="20KB")

@@ -119,8 +119,9 @@ def test_rotary_returns_the_dtype_it_got_but_computes_in_float32():
 
 def seen(sight):
     """The square mask that a Sight stands for, without its padding."""
-    fields = sight.segments, sight.trunk, sight.order, sight.key_segments, sight.key_order
-    return np.asarray(attention.visible(*fields))
+    queries = sight.segments, sight.trunk, sight.order, sight.place
+    keys = sight.key_segments, sight.key_order, sight.key_place
+    return np.asarray(attention.visible(queries, keys, sight.reach))
 
 
 def test_visible_by_hand():
@@ -291,7 +292,7 @@ def test_log_normaliser_and_its_gradient(tiling):
         scores = jnp.where(see[:, :, None, None], scores, -jnp.inf)
         return jnp.where(live, jax.nn.logsumexp(jnp.where(live[..., None], scores, 0), -1), 0)
 
-    ours = lambda q, k: attention.attend_part(q, k, v, sight)[1].reshape(2, 7, 2, 2)
+    ours = lambda q, k: attention.attend_part(q, k, v, sight, 8**-0.5)[1].reshape(2, 7, 2, 2)
     np.testing.assert_allclose(np.where(live, ours(q, k), 0), dense(q, k), atol=2e-6)
     c = np.random.default_rng(9).normal(size=(2, 7, 2, 2)).astype(np.float32)
     slope = lambda f: jax.jit(jax.grad(lambda *a: jnp.sum(jnp.where(live, c * f(*a), 0)), (0, 1)))
@@ -311,6 +312,13 @@ def test_attend_keeps_the_dtype_of_its_inputs(tiling):
     np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.05)
     grads = jax.grad(lambda *a: attend(*a, sight).astype(jnp.float32).sum(), (0, 1, 2))(*short)
     assert all(g.dtype == jnp.bfloat16 for g in grads)
+
+
+def of_prompt(mask, segments, **kw):
+    """What answers see of prompts whose tokens stand at the places of the mask."""
+    at = np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape)
+    places = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int32), segments.shape)
+    return attention.shared_sight(places + mask.shape[1], mask, at, **kw)
 
 
 def prompt_case(seed):
@@ -337,7 +345,8 @@ def test_shared_prompt_is_the_same_as_its_copies(tiling):
     """Catches rows matched to the wrong prompt, and a wrong merge of the two softmax parts."""
     arrays, mask, segments, see = prompt_case(10)
     q, k, v, trunk_k, trunk_v = arrays
-    out = attend(q, k, v, attention.sight(segments, 0 * segments), trunk=(trunk_k, trunk_v, mask))
+    shared = (trunk_k, trunk_v, of_prompt(mask, segments))
+    out = attend(q, k, v, attention.sight(segments, 0 * segments), trunk=shared)
     np.testing.assert_allclose(out, reference(*copied(*arrays), see), atol=2e-6)
 
 
@@ -349,7 +358,8 @@ def test_gradient_through_a_shared_prompt(tiling):
 
     def total(q, k, v, trunk_k, trunk_v):
         sight = attention.sight(segments, 0 * segments)
-        out = attention.attend(q, k, v, sight, trunk=(trunk_k, trunk_v, mask))
+        shared = (trunk_k, trunk_v, of_prompt(mask, segments))
+        out = attention.attend(q, k, v, sight, trunk=shared)
         return jnp.sum(c.astype(np.float32) * out)
 
     grads = jax.jit(jax.grad(total, argnums=range(5)))(*arrays)
@@ -370,12 +380,104 @@ def test_shared_prompt_with_one_part_empty(tiling):
     mask = np.array([[1, 1, 0, 0], [0, 0, 0, 0]], bool)
     segments = np.array([[0, 1], [0, 1]], np.int32)
     sight = attention.sight(segments, 0 * segments)
-    f = jax.jit(lambda q: attention.attend(q, k, v, sight, trunk=(trunk_k, trunk_v, mask)))
+    shared = (trunk_k, trunk_v, of_prompt(mask, segments))
+    f = jax.jit(lambda q: attention.attend(q, k, v, sight, trunk=shared))
     see = np.concatenate([mask[:, None].repeat(2, 1), may_see(segments, 0 * segments)], axis=2)
     whole = (np.concatenate(pair, axis=2) for pair in ((trunk_k, k), (trunk_v, v)))
     np.testing.assert_allclose(f(q), reference(q, *whole, see), atol=2e-6)
     assert not np.asarray(f(q)[1, 0]).any()
     assert np.isfinite(jax.grad(lambda q: jnp.sum(f(q) ** 2))(q)).all()
+
+
+# Windows, soft caps, scales
+
+# A prompt (1), two answers that hang from it (2, 3), a text of its own (4): places in the texts.
+PLACES = np.array([[0, 1, 2, 3, 2, 0, 0]], np.int32)
+
+
+def test_window_by_hand(tiling):
+    """Catches a window counted over the row: the second answer stands next to its prompt's end."""
+    got = seen(attention.sight(SEGMENTS, TRUNK, positions=PLACES, window=2))[0][:7, :7]
+    want = [
+        "1......",
+        "11.....",
+        ".11....",
+        "..11...",
+        ".1..1..",
+        ".....1.",
+        ".......",
+    ]
+    assert ["".join(".1"[int(x)] for x in row) for row in got] == want
+
+
+def test_window_needs_what_it_reads():
+    """Catches a window that is silently ignored."""
+    with pytest.raises(ValueError, match="positions missing"):
+        attention.sight(SEGMENTS, TRUNK, window=2)
+    with pytest.raises(ValueError, match="mask='full'"):
+        attention.sight(SEGMENTS, TRUNK, window=2, mask="full", positions=PLACES)
+    with pytest.raises(ValueError, match="key_positions missing"):
+        attention.sight(SEGMENTS, TRUNK, SEGMENTS, window=2, positions=PLACES)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_layers_of_two_kinds(tiling, local):
+    """Catches tiles or a reach of the other kind of layer."""
+    q, k, v = draw(20, B=1)
+    windowed = attention.sight(SEGMENTS, TRUNK, positions=PLACES, window=2)
+    whole = attention.sight(SEGMENTS, TRUNK)
+    sight = attention.either(jnp.bool_(local), windowed, whole)
+    see = seen(windowed if local else whole)[:, :7, :7]
+    np.testing.assert_allclose(attend(q, k, v, sight), reference(q, k, v, see), atol=2e-6)
+
+
+def test_window_over_a_shared_prompt(tiling):
+    """Catches answers that see all of a prompt, or another part of it than its copies show."""
+    arrays, mask, segments, _ = prompt_case(21)
+    q, k, v, trunk_k, trunk_v = arrays
+    at = np.broadcast_to(np.array([5, 6], np.int32), segments.shape)
+    sight = attention.sight(segments, 0 * segments, positions=at, window=4)
+    shared = (trunk_k, trunk_v, of_prompt(mask, segments, window=4))
+    see = np.zeros((6, 2, 7), bool)
+    for t in range(2):
+        see[:, t, 5 : 6 + t] = True
+        see[:, t, :5] = mask.repeat(3, 0) & (5 + t - np.arange(5) < 4)
+    out = attend(q, k, v, sight, trunk=shared)
+    np.testing.assert_allclose(out, reference(*copied(*arrays), see), atol=2e-6)
+
+
+def test_scale_and_softcap(tiling):
+    """Catches a cap before the scale, over the mask, or one that the gradient forgets."""
+    q, k, v = draw(22)
+    q *= 4
+    ones = np.ones((2, 7), np.int32)
+    sight, see = attention.sight(ones, 0 * ones), may_see(ones, 0 * ones)
+
+    def dense(q, k, v):
+        scores = jnp.einsum("btkgh,bksh->btkgs", q.reshape(2, 7, 2, 2, 8), k) * 0.3
+        scores = 1.5 * jnp.tanh(scores / 1.5)
+        scores = jnp.where(see[:, :, None, None], scores, -jnp.inf)
+        return jnp.einsum("btkgs,bksh->btkgh", jax.nn.softmax(scores), v).reshape(q.shape)
+
+    ours = lambda q, k, v: attention.attend(q, k, v, sight, scale=0.3, softcap=1.5)
+    np.testing.assert_allclose(jax.jit(ours)(q, k, v), dense(q, k, v), atol=2e-6)
+    c = np.random.default_rng(23).normal(size=q.shape).astype(np.float32)
+    slope = lambda f: jax.jit(jax.grad(lambda *a: jnp.sum(c * f(*a)), (0, 1, 2)))(q, k, v)
+    for a, b in zip(slope(ours), slope(dense)):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_stretched_frequencies_by_hand():
+    """Catches the ramp of Llama 3.1 upside down, and linear scaling of the wrong sign."""
+    plain = attention.frequencies(8, 1e4)
+    np.testing.assert_allclose(plain, [1, 0.1, 0.01, 0.001], rtol=1e-6)
+    linear = attention.frequencies(8, 1e4, attention.Scaling("linear", 4.0))
+    np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
+    # Over 1000 positions: 159, 15.9, 1.59 and 0.159 turns; between 1 and 4 lies the third.
+    got = attention.frequencies(8, 1e4, attention.Scaling("llama3", 8.0, 1.0, 4.0, 1000))
+    keep = (10 / (2 * np.pi) - 1) / 3
+    want = [1, 0.1, 0.01 * ((1 - keep) / 8 + keep), 0.001 / 8]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_long_rows_keep_no_square_matrix():

@@ -178,9 +178,9 @@ def sight(
     itself = key_segments is None
     if window and (mask != "causal" or positions is None or (key_positions is None) != itself):
         raise ValueError(
-            "a sliding window needs mask='causal' and the positions of queries and keys; received "
-            f"mask={mask!r}, positions {'missing' if positions is None else 'given'}, key_positions "
-            f"{'missing' if key_positions is None else 'given'}"
+            "a sliding window needs mask='causal' and the positions of queries and keys; "
+            f"received mask={mask!r}, positions {'missing' if positions is None else 'given'}, "
+            f"key_positions {'missing' if key_positions is None else 'given'}"
         )
     key_segments = segments if itself else key_segments
     S = key_segments.shape[1]

@@ -112,8 +112,8 @@ class Config:
             raise ValueError(f"unknown act {self.act!r}; use {', '.join(ACTS)}")
         if any(self.windowed) and (self.window < 1 or self.mask != "causal"):
             raise ValueError(
-                f"windowed layers need window >= 1 and mask='causal'; received window={self.window} "
-                f"and mask={self.mask!r}"
+                f"windowed layers need window >= 1 and mask='causal'; received "
+                f"window={self.window} and mask={self.mask!r}"
             )
         if self.windowed and len(self.windowed) != self.depth:
             raise ValueError(f"windowed has {len(self.windowed)} flags for {self.depth} layers")
@@ -353,7 +353,9 @@ def backbone(
             w = lora.merge(w, leaf["lora"], adapters.scale)
         angles = turn
         if windowed_turn is not None:
-            angles = jax.tree.map(lambda a, b: jnp.where(leaf["windowed"], a, b), windowed_turn, turn)
+            angles = jax.tree.map(
+                lambda a, b: jnp.where(leaf["windowed"], a, b), windowed_turn, turn
+            )
         return block(w, cfg, x, turn=angles, see=see, rules=rules, cached=cached, trunk=trunk_kv)
 
     if cache is None:
@@ -379,7 +381,7 @@ def backbone(
 
 
 def _turns(cfg, places):
-    """Rotary angles of the layers without and with a window; the latter None if they are the same."""
+    """Rotary angles of the layers without and with a window; None if both have the same."""
     turn = attention.angles(places, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     if not any(cfg.windowed) or not cfg.window_theta:
         return turn, None
@@ -464,6 +466,6 @@ def head_matrix(params: PyTree, cfg: Config) -> Float[Array, "D V"]:
 
 
 def logits(states: Float[Array, "... D"], head: Float[Array, "D V"], cfg: Config):
-    """Logits of states, float32[..., V]; softcap * tanh(logit / softcap) where the config has one."""
+    """Logits of states, float32[..., V], with the soft cap of the config if it has one."""
     out = jnp.matmul(states, head.astype(states.dtype), preferred_element_type=jnp.float32)
     return cfg.logit_softcap * jnp.tanh(out / cfg.logit_softcap) if cfg.logit_softcap else out

@@ -117,7 +117,9 @@ def hf_config(raw: dict) -> Config:
         problems.append(f"hidden_act={act!r}")
     if family.pattern == "none":
         local = at.get("sliding_window") or _LOCAL in (at.get("layer_types") or ())
-        problems += [f"{f}={at[f]!r}" for f in ("sliding_window", "layer_types") if f in at and local]
+        problems += [
+            f"{f}={at[f]!r}" for f in ("sliding_window", "layer_types") if f in at and local
+        ]
         problems += ["use_sliding_window=True"] if at.get("use_sliding_window") else []
     if kind == "gemma3_text" and at.get("attn_logit_softcapping"):
         problems.append(f"attn_logit_softcapping={at['attn_logit_softcapping']!r}")

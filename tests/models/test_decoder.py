@@ -10,7 +10,7 @@ import pytest
 
 from jaxreward.core import trees
 from jaxreward.core.types import Rows
-from jaxreward.models import decoder
+from jaxreward.models import attention, decoder
 from jaxreward.parallel import specs as sp
 from jaxreward.parallel.mesh import make_mesh
 from jaxreward.parallel.rules import Rules
@@ -35,8 +35,36 @@ def weights(cfg, seed=0):
     )
 
 
+# Everything that a family may have and Llama has not, in layers of two kinds.
+RICH = tiny_config(
+    bias=True,
+    qk_norm=True,
+    post_norms=True,
+    plus_one=True,
+    embed_scale=True,
+    act="gelu_tanh",
+    query_scalar=5.0,
+    attn_softcap=4.0,
+    window=3,
+    windowed=(True, False),
+    window_theta=300.0,
+    rope_scaling=attention.Scaling("llama3", 4.0, 1.0, 4.0, 64),
+)
+
+
+@pytest.fixture(scope="module", params=["plain", "rich"])
+def cfg(request):
+    """Every property holds for the plainest and for the richest decoder."""
+    return CFG if request.param == "plain" else RICH
+
+
 @pytest.fixture(scope="module")
-def params():
+def params(cfg):
+    return jax.tree.map(jnp.asarray, weights(cfg))
+
+
+@pytest.fixture(scope="module")
+def plain():
     return jax.tree.map(jnp.asarray, weights(CFG))
 
 
@@ -148,11 +176,11 @@ def numpy_states(params, cfg, tokens):
     return norm(x, p["norm"]["scale"])
 
 
-def test_states_are_the_formulas(params):
+def test_states_are_the_formulas(plain):
     """Catches any change of the arithmetic: norms, rotation, grouping, SwiGLU, residuals."""
     tokens = RNG.integers(0, CFG.vocab, LENGTH)
-    got = states(params, rows([(tokens, 1, 0, 0)]))[0]
-    want = numpy_states(params, CFG, tokens)
+    got = states(plain, rows([(tokens, 1, 0, 0)]))[0]
+    want = numpy_states(plain, CFG, tokens)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
@@ -161,35 +189,36 @@ def test_states_are_the_formulas(params):
     [{"scan": False}, {"remat": "none"}, {"remat": "full"}],
     ids=["unrolled", "none", "full"],
 )
-def test_scan_and_remat_change_nothing(params, batch, change):
+def test_scan_and_remat_change_nothing(cfg, params, batch, change):
     """Catches an unrolled or recomputed block that differs from the scanned one."""
     weight = np.broadcast_to(DIRECTION, (4, *DIRECTION.shape))
-    cfg = dataclasses.replace(CFG, **change)
-    close(slope(params, batch, weight, cfg=cfg), slope(params, batch, weight))
+    changed = dataclasses.replace(cfg, **change)
+    close(slope(params, batch, weight, cfg=changed), slope(params, batch, weight, cfg=cfg))
 
 
-def test_padding_changes_nothing(params):
+def test_padding_changes_nothing(cfg, params):
     """Catches padding that is attended to, or positions counted from the slot."""
-    alone = states(params, rows([(SECOND, 1, 0, 0)], batch=1))[0]
+    alone = states(params, rows([(SECOND, 1, 0, 0)], batch=1), cfg=cfg)[0]
     both = states(
         params,
         rows([pad(7), (SECOND, 1, 0, 0)], [(SECOND, 3, 0, 0), pad(7)]),
+        cfg=cfg,
     )
     close({"": both[0, 7:]}, {"": alone})
     close({"": both[1, :5]}, {"": alone})
     assert np.isfinite(both).all()
 
 
-def test_packing_changes_nothing(params):
+def test_packing_changes_nothing(cfg, params):
     """Catches texts of one row that see each other."""
     other = RNG.integers(0, CFG.vocab, 7)
-    packed = states(params, rows([(other, 1, 0, 0), (SECOND, 2, 0, 0)]))[0]
-    alone = states(params, rows([(other, 1, 0, 0), pad(5)], [(SECOND, 1, 0, 0), pad(7)]))
+    packed = states(params, rows([(other, 1, 0, 0), (SECOND, 2, 0, 0)]), cfg=cfg)[0]
+    alone = states(params, rows([(other, 1, 0, 0), pad(5)], [(SECOND, 1, 0, 0), pad(7)]), cfg=cfg)
     close({"": packed[:7]}, {"": alone[0, :7]})
     close({"": packed[7:]}, {"": alone[1, :5]})
 
 
-def test_shared_prompt_equals_its_copies(params):
+def test_shared_prompt_equals_its_copies(cfg, params):
     """Catches a tree mask or positions that make a pair score differently when packed."""
     tree = rows([(PROMPT, 1, 0, 0), (FIRST, 2, 1, 4), (SECOND, 3, 1, 4)])
     copies = rows(
@@ -200,45 +229,45 @@ def test_shared_prompt_equals_its_copies(params):
     weight, unshared = np.zeros((2, 4, LENGTH, CFG.width), np.float32)
     weight[0, 4:] = DIRECTION[4:]
     unshared[0, 4:7], unshared[1, 4:9] = DIRECTION[4:7], DIRECTION[7:]
-    want, got = slope(params, copies, unshared), slope(params, tree, weight)
+    want, got = slope(params, copies, unshared, cfg=cfg), slope(params, tree, weight, cfg=cfg)
     close({"": got["states"][0, :7]}, {"": want["states"][0, :7]})
     close({"": got["states"][0, 7:]}, {"": want["states"][1, 4:9]})
     close(got["gradient"], want["gradient"])
 
 
-def test_positions_decide(params):
+def test_positions_decide(plain):
     """Catches a test above that passes because positions are ignored: running on must differ."""
     tree = [(PROMPT, 1, 0, 0), (FIRST, 2, 1, 4)]
-    restarted = states(params, rows([*tree, (SECOND, 3, 1, 4)]))[0, 7:]
-    running = states(params, rows([*tree, (SECOND, 3, 1, 7)]))[0, 7:]
+    restarted = states(plain, rows([*tree, (SECOND, 3, 1, 4)]))[0, 7:]
+    running = states(plain, rows([*tree, (SECOND, 3, 1, 7)]))[0, 7:]
     assert np.abs(restarted - running).max() > 1e-2
 
 
-def test_full_mask_sees_the_future_and_causal_does_not(params):
+def test_full_mask_sees_the_future_and_causal_does_not(plain):
     """Catches a denoiser config that still runs the causal mask, and a causal leak."""
     text = RNG.integers(0, CFG.vocab, LENGTH)
     changed = np.where(np.arange(LENGTH) == LENGTH - 1, (text + 1) % CFG.vocab, text)
     both = rows([(text, 1, 0, 0)], [(changed, 1, 0, 0)])
-    causal = states(params, both)
+    causal = states(plain, both)
     np.testing.assert_array_equal(causal[0, :-1], causal[1, :-1])
-    full = states(params, both, cfg=tiny_config(mask="full"))
+    full = states(plain, both, cfg=tiny_config(mask="full"))
     assert np.abs(full[0] - full[1]).max(axis=-1).min() > 1e-3
 
 
-def test_bfloat16_computes_in_bfloat16_near_float32(params, batch):
+def test_bfloat16_computes_in_bfloat16_near_float32(plain, batch):
     """Catches a float32 leak (the result would be float32) and norms taken in bfloat16."""
-    short = states(params, batch, cfg=tiny_config(compute="bfloat16"))
+    short = states(plain, batch, cfg=tiny_config(compute="bfloat16"))
     assert short.dtype == jnp.bfloat16
     live = np.asarray(batch.mask)
-    full = np.asarray(states(params, batch))[live]
+    full = np.asarray(states(plain, batch))[live]
     error = np.asarray(short, np.float32)[live] - full
     assert np.sqrt((error**2).mean() / (full**2).mean()) < 0.05
 
 
-def test_features_replace_the_embedding(params, batch):
+def test_features_replace_the_embedding(plain, batch):
     """Catches cached inputs that are ignored, or looked up again."""
-    x = decoder.embed(params, CFG, batch)
-    doubled = decoder.embed(params, CFG, batch.replace(features=2 * x))
+    x = decoder.embed(plain, CFG, batch)
+    doubled = decoder.embed(plain, CFG, batch.replace(features=2 * x))
     np.testing.assert_array_equal(doubled, 2 * x)
 
 
@@ -264,12 +293,12 @@ def cut(batch, start, stop):
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
-def test_cache_equals_teacher_forcing(params, scan):
+def test_cache_equals_teacher_forcing(cfg, params, scan):
     """Catches keys written to the wrong slot or layer, and a causal mask without its offset."""
-    cfg = dataclasses.replace(CFG, scan=scan)
+    cfg = dataclasses.replace(cfg, scan=scan)
     texts = [RNG.integers(0, CFG.vocab, n) for n in (12, 9, 7)]
     batch = rows(*([pad(12 - len(t)), (t, 1, 0, 0)] for t in texts))  # the fourth row is empty
-    want = np.asarray(states(params, batch))
+    want = np.asarray(states(params, batch, cfg=cfg))
     cache = decoder.empty_cache(cfg, 4, 14)  # two slots are never filled
     got, cache = step(params, cut(batch, 0, 8), cache, cfg=cfg)
     parts = [got]
@@ -282,17 +311,17 @@ def test_cache_equals_teacher_forcing(params, scan):
     np.testing.assert_allclose(got[live], want[live], atol=1e-5)
 
 
-def test_answers_go_on_from_one_cached_prompt(params):
+def test_answers_go_on_from_one_cached_prompt(cfg, params):
     """Catches answers that read another prompt's keys, its padding, or each other's."""
     prompts = [RNG.integers(0, CFG.vocab, n) for n in (8, 5)]
     answers = [RNG.integers(0, CFG.vocab, 4) for _ in range(6)]
     first = rows(*([pad(8 - len(p)), (p, 1, 0, 0)] for p in prompts), batch=2)
-    _, cache = step(params, first, decoder.empty_cache(CFG, 2, 8))
-    cache = decoder.empty_cache(CFG, 6, 4, trunk=cache)
+    _, cache = step(params, first, decoder.empty_cache(cfg, 2, 8), cfg=cfg)
+    cache = decoder.empty_cache(cfg, 6, 4, trunk=cache)
     later = rows(*([(a, 1, 0, len(prompts[i // 3]))] for i, a in enumerate(answers)))
     parts = []
     for t in range(4):
-        got, cache = step(params, cut(later, t, t + 1), cache)
+        got, cache = step(params, cut(later, t, t + 1), cache, cfg=cfg)
         parts.append(got)
     whole = rows(
         *(
@@ -300,7 +329,7 @@ def test_answers_go_on_from_one_cached_prompt(params):
             for i, a in enumerate(answers)
         )
     )
-    want = np.asarray(states(params, whole))
+    want = np.asarray(states(params, whole, cfg=cfg))
     assert want.shape[:2] == (6, 12)
     for i, got in enumerate(np.concatenate(parts, axis=1)):
         n = len(prompts[i // 3])
@@ -315,15 +344,15 @@ def test_answers_go_on_from_one_cached_prompt(params):
     [{"data": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2}],
     ids=["data4", "fsdp2-tensor2", "data2-fsdp2"],
 )
-def test_sharded_equals_single_device(params, batch, sizes):
+def test_sharded_equals_single_device(cfg, params, batch, sizes):
     """Catches a layout that changes values: sums over the wrong axis, gradients counted twice."""
     rules = Rules(make_mesh(sizes))
     weight = np.broadcast_to(DIRECTION, (4, *DIRECTION.shape))
-    placed = jax.device_put(params, sp.shardings(decoder.specs(CFG), rules))
+    placed = jax.device_put(params, sp.shardings(decoder.specs(cfg), rules))
     over = jax.sharding.NamedSharding(rules.mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
     batch_placed = jax.device_put(batch, over)
-    got = slope(placed, batch_placed, jax.device_put(weight, over), rules=rules)
-    close(got, slope(params, batch, weight))
+    got = slope(placed, batch_placed, jax.device_put(weight, over), cfg=cfg, rules=rules)
+    close(got, slope(params, batch, weight, cfg=cfg))
 
 
 # Structure
@@ -350,20 +379,20 @@ def test_split_outside_the_model_is_refused(at):
         decoder.split(CFG, at)
 
 
-def test_lower_and_upper_part_make_the_whole(params, batch):
+def test_lower_and_upper_part_make_the_whole(cfg, params, batch):
     """Catches a norm applied in the middle, or twice."""
     lower, upper = decoder.split_params(params, 1)
-    lower_cfg, upper_cfg = decoder.split(CFG, 1)
+    lower_cfg, upper_cfg = decoder.split(cfg, 1)
     middle = states(lower, batch, cfg=lower_cfg)
     got = states(upper, batch.replace(features=middle), cfg=upper_cfg)
-    close({"": got}, {"": states(params, batch)})
+    close({"": got}, {"": states(params, batch, cfg=cfg)})
 
 
-def test_unsupported_inputs_are_refused(params, batch):
+def test_unsupported_inputs_are_refused(plain, batch):
     """Catches per-layer inputs and three-axis positions that would be dropped silently."""
     call = functools.partial(
         decoder.backbone,
-        params,
+        plain,
         CFG,
         np.zeros((4, LENGTH, CFG.width), np.float32),
         segments=batch.segments,
@@ -377,9 +406,25 @@ def test_unsupported_inputs_are_refused(params, batch):
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"kv_heads": 3}, "4 heads do not share 3 key heads"), ({"mask": "block"}, "mask='block'")],
+    [
+        ({"kv_heads": 3}, "4 heads do not share 3 key heads"),
+        ({"mask": "block"}, "mask='block'"),
+        ({"act": "relu"}, "unknown act 'relu'"),
+        ({"windowed": (True, False)}, "received window=0"),
+        ({"windowed": (True,) * 2, "window": 4, "mask": "full"}, "mask='full'"),
+        ({"windowed": (True,), "window": 4}, "1 flags for 2 layers"),
+    ],
 )
 def test_impossible_configs_are_refused(change, text):
     """Catches a config error that would surface as a shape error deep inside a jit."""
     with pytest.raises(ValueError, match=text):
         tiny_config(**change)
+
+
+def test_logits_are_capped():
+    """Catches a cap that sampling or scoring leaves out."""
+    states, head = np.array([[1.0, -2.0]], np.float32), np.array([[30.0], [0.0]], np.float32)
+    plain = decoder.logits(states, head, CFG)
+    capped = decoder.logits(states, head, dataclasses.replace(CFG, logit_softcap=10.0))
+    np.testing.assert_allclose(plain, [[30.0]])
+    np.testing.assert_allclose(capped, [[10 * np.tanh(3.0)]], rtol=1e-6)

@@ -138,6 +138,19 @@ def export(args):
     print(f"wrote {args.out}")
 
 
+def verify(args):
+    """Compare a model folder as it is read here with transformers."""
+    _start()
+    from jaxreward.recipes import verify
+
+    checks, facts = verify.verify(
+        args.folder, pairs=args.pairs, limit=args.limit, template=args.template
+    )
+    print(verify.table(checks, facts))
+    if not all(check.passed for check in checks):
+        raise ValueError(f"{args.folder} is not the same model here as in transformers; see above")
+
+
 def report(args):
     """Write one HTML page about a run: curves, evaluations, samples, config."""
     from jaxreward.report import page
@@ -162,6 +175,7 @@ _COMMANDS = {
     ),
     "import": (import_model, "jaxreward import --from smollm2 --out models/smollm2"),
     "export": (export, "jaxreward export --model runs/bt --out models/bt"),
+    "verify": (verify, "jaxreward verify models/smollm2"),
     "report": (report, "jaxreward report --workdir runs/bt"),
 }
 
@@ -206,6 +220,11 @@ def _flags(command, add):
         add("--model", type=Path, required=True, metavar="WORKDIR", help="workdir of a run")
         add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
         add("--dtype", default="float32", help="dtype of the weights (default: %(default)s)")
+    if command == "verify":
+        add("folder", type=Path, metavar="HF_FOLDER", help="a language model or a reward model")
+        add("--pairs", type=Path, metavar="FILE", help="preference pairs to run it on")
+        add("--limit", type=_positive, default=32, help="pairs at most (default: %(default)s)")
+        add("--template", default="auto", help="auto, chat or plain (default: %(default)s)")
     if command == "report":
         add("--workdir", type=Path, required=True, metavar="DIR", help="workdir of a run")
         add("--out", type=Path, metavar="FILE", help="default: report.html in the workdir")

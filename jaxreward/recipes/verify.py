@@ -301,31 +301,29 @@ def _far(ours, want) -> float:
     return float(np.sqrt(off / size)) if size else float(np.sqrt(off))
 
 
+def _limit(theirs: float | None) -> float:
+    return FLOAT32 if theirs is None else SLACK * max(theirs, FLOAT32)
+
+
 def _numbers(dtype, cfg, got, want, short, score):
-    """States (the worst layer) and logits or scores."""
+    """States (of the layer nearest to its limit, or beyond it) and logits or scores."""
 
-    def check(name, ours, theirs, note=""):
-        if theirs is None:
-            limit = FLOAT32
-        else:
-            limit = SLACK * max(theirs, FLOAT32)
-        # A comparison with NaN is False: NaN never passes.
-        return Check(name, dtype, ours, theirs, limit, bool(ours <= limit), note)
+    def compared(part):
+        far = lambda sides: _far([part(side) for side in sides], [part(side) for side in want])
+        theirs = None if short is None else far(short)
+        ours, limit = far(got), _limit(theirs)
+        # Written so that NaN does not pass.
+        return dict(ours=ours, theirs=theirs, limit=limit, passed=bool(ours <= limit))
 
-    each = lambda sides, i: [side.layers[i] for side in sides]
-    far = [_far(each(got, i), each(want, i)) for i in range(cfg.depth)]
-    theirs = short and [_far(each(short, i), each(want, i)) for i in range(cfg.depth)]
-    limits = [FLOAT32 if theirs is None else SLACK * max(t, FLOAT32) for t in theirs or far]
-    if theirs is None:
-        limits = [FLOAT32] * cfg.depth
-    worst = max(range(cfg.depth), key=lambda i: np.nan_to_num(far[i] / limits[i], nan=np.inf))
-    late = [i for i in range(cfg.depth) if not far[i] <= limits[i]]
-    note = f"first in layer {late[0]} of {cfg.depth}" if late else ""
-    final = lambda sides: [side.final for side in sides]
+    layers = [compared(lambda side: side.layers[i]) for i in range(cfg.depth)]
+    share = [np.nan_to_num(c["ours"] / c["limit"], nan=np.inf) for c in layers]
+    worst = int(np.argmax(share))
+    wrong = [i for i, c in enumerate(layers) if not c["passed"]]
+    note = f"first in layer {wrong[0]} of {cfg.depth}" if wrong else ""
     name = "logits" if score is None else "scores"
     return [
-        check(f"states (layer {worst})", far[worst], theirs and theirs[worst], note),
-        check(name, _far(final(got), final(want)), short and _far(final(short), final(want))),
+        Check(f"states (layer {worst})", dtype, **layers[worst], note=note),
+        Check(name, dtype, **compared(lambda side: side.final)),
     ]
 
 

@@ -1,7 +1,11 @@
 """Checkpoints written by hand are read tensor by tensor; what does not fit is told at once."""
 
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -10,9 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxreward import testing
+from jaxreward.core import trees
 from jaxreward.hub import load
-from jaxreward.models import families
+from jaxreward.models import decoder, families
 from jaxreward.parallel import mesh, rules
+from jaxreward.parallel import specs as sp
 
 V, D, L, N, K, H, F = 259, 32, 2, 4, 2, 8, 64
 
@@ -320,3 +326,52 @@ def test_shards_that_transformers_wrote(tmp_path, require):
     cfg, params, _ = load.load(folder)
     assert cfg == testing.tiny_config()
     same(params, {k: v.float().detach().numpy() for k, v in model.state_dict().items()})
+
+
+MEMORY = """
+import sys, jax
+from jaxreward.hub import load
+from jaxreward.parallel.mesh import make_mesh
+from jaxreward.parallel.rules import Rules
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(l.split()[1]) for l in file if l.startswith("VmHWM")) / 1024
+
+rules = Rules(make_mesh({"fsdp": 2}))
+load.load(sys.argv[1], rules=rules)  # compiles; what it takes is in both peaks
+before = peak()
+_, params, _ = load.load(sys.argv[2], rules=rules)
+held = sum(x.nbytes for x in jax.tree.leaves(params)) / 2**20
+print(before, peak(), held)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_host_memory_is_the_shards_and_little_more(tmp_path):
+    """Catches a loader that holds the checkpoint, or a stack of layers, beside its result."""
+    # 24 layers of 3 MiB: the parameters are 93 MiB, the largest tensor 9 MiB.
+    cfg = testing.tiny_config(width=256, mlp=1024, depth=24, vocab=9000)
+    for name, depth in (("small", 2), ("large", 24)):
+        made = dataclasses.replace(cfg, depth=depth)
+        rng = np.random.default_rng(0)
+        tensors = {}
+        described = trees.flatten(decoder.specs(made), is_leaf=lambda x: isinstance(x, sp.Param))
+        for entry in families.hf_table(made):
+            shape = described[entry.ours].shape[entry.layered :]
+            for layer in range(depth) if entry.layered else (0,):
+                x = entry.to(rng.normal(size=shape).astype(np.float32))
+                tensors[entry.theirs.format(layer=layer)] = np.ascontiguousarray(x)
+        folder = testing.write_tokenizer(tmp_path / name)
+        (folder / "config.json").write_text(json.dumps(families.to_hf_config(made)))
+        save_file(tensors, folder / "model.safetensors")
+    env = dict(
+        os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=2", JAX_PLATFORMS="cpu"
+    )
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    before, after, held = map(float, done.stdout.split()[-3:])
+    assert held > 80
+    # safetensors maps the file: pages of a tensor that was read may stay, one more at a time.
+    largest = 9000 * 256 * 4 / 2**20
+    assert after - before <= held + 2 * largest + 8

@@ -18,6 +18,7 @@ from pathlib import Path
 from jaxreward import __version__
 from jaxreward.core.resolve import near, resolve
 
+STOPPED = "JAXREWARD_STOPPED_EXIT"
 # Keys of a config that may differ from those of the run being resumed: they change when something
 # is written or given up, not what is computed. train.steps may grow as well.
 _MAY_CHANGE = tuple(
@@ -37,6 +38,7 @@ def train(args):
     from jaxreward import presets
 
     with _usage():
+        code = _stopped_code()
         if not args.config:
             raise ValueError(
                 f"--config is missing; shipped configs: {', '.join(presets.shipped())}"
@@ -60,15 +62,19 @@ def train(args):
         changed = {} if fresh else presets.diff(presets.read(path), config)
         _check_resume(path, changed)
     _start()
-    if fresh or changed:
-        presets.save(config, path)
-    # Not above: it imports jax, which the recipe has done by now.
+    # Not above: they import jax, which the recipe has done by now.
+    from jaxreward.parallel import hosts
     from jaxreward.train.loop import Stopped
 
+    # Others may have found the writer's config already, or not yet.
+    fresh = fresh and hosts.is_writer()
+    if fresh or (changed and hosts.is_writer()):
+        presets.save(config, path)
     try:
         run(config, args.workdir)
     except Stopped as stop:
         print(f"jaxreward train: {stop}", file=sys.stderr)
+        return code
     except BaseException:
         # A run that failed before it did anything must not hold the next one to its config, which
         # may be what was wrong.
@@ -85,7 +91,7 @@ def evaluate(args):
     result = evaluate.evaluate(
         args.model, args.data, output=args.output, name=args.name, **_batch(args)
     )
-    if result is not None:
+    if result is not None and _writes():
         # float: numbers of NumPy are not known to json.
         print(json.dumps(result, indent=2, sort_keys=True, default=float))
 
@@ -100,7 +106,7 @@ def score(args):
 
 def generate(args):
     """Sample answers to prompts from a language model, one JSON line in, one out."""
-    _start()
+    _start(alone="generate")
     from jaxreward.recipes import generate
 
     generate.run(
@@ -327,20 +333,36 @@ def _trained(workdir):
     )
 
 
-def _start():
+def _start(alone=""):
     """Joins the other processes, where the launcher says that there are some, and switches the
-    cache of compiled programs on."""
-    wanted = os.environ.get("JAXREWARD_DISTRIBUTED", "")
-    if wanted not in ("", "0", "1"):
-        raise UsageError(f"JAXREWARD_DISTRIBUTED: expected 1, 0 or nothing, got {wanted!r}")
-    if wanted == "1":
-        import jax
-
-        jax.distributed.initialize()
+    cache of compiled programs on. `alone` names a command that runs in one process only."""
+    from jaxreward.parallel import hosts
     from jaxreward.train import compile_cache
 
     with _usage():
+        if alone and os.environ.get(hosts.SWITCH) == "1":
+            raise ValueError(
+                f"{alone} runs in one process, on all devices of one host; unset {hosts.SWITCH} "
+                "and start it once"
+            )
+        hosts.join()
         compile_cache.enable()
+
+
+def _writes():
+    """Whether this process is the one that writes results."""
+    from jaxreward.parallel import hosts
+
+    return hosts.is_writer()
+
+
+def _stopped_code():
+    """The exit code of a run that SIGTERM stopped; schedulers that restart only what failed get
+    another one than 0."""
+    text = os.environ.get(STOPPED, "") or "0"
+    if not text.isdigit() or int(text) > 125:
+        raise ValueError(f"{STOPPED}: expected an exit code from 0 to 125, got {text!r}")
+    return int(text)
 
 
 def _check_resume(path, changed):
@@ -399,8 +421,9 @@ def main(argv=None):
       argv: The command line without the program's name; sys.argv's by default.
 
     Returns:
-      The exit code: 0 done (or stopped by SIGTERM, to go on later), 1 the command failed, 2 wrong
-      command line or config, 130 interrupted. An error that is not the user's is raised as it is.
+      The exit code: 0 done (or stopped by SIGTERM, to go on later, if JAXREWARD_STOPPED_EXIT names
+      no other), 1 the command failed, 2 wrong command line or config, 130 interrupted. An error
+      that is not the user's is raised as it is.
     """
     try:
         args = _parse(list(sys.argv[1:] if argv is None else argv))
@@ -408,7 +431,7 @@ def main(argv=None):
         return stop.code or 0
     where = f"jaxreward {args.command}"
     try:
-        _COMMANDS[args.command][0](args)
+        code = _COMMANDS[args.command][0](args)
     except KeyboardInterrupt:
         print(f"{where}: interrupted", file=sys.stderr)
         return 130
@@ -422,9 +445,24 @@ def main(argv=None):
         if not usage and not args.debug:
             print("(--debug shows where it was raised)", file=sys.stderr)
         return 2 if usage else 1
-    return 0
+    return code or 0
 
 
 def entry():
-    """The console script."""
-    sys.exit(main())
+    """The console script.
+
+    Where several processes run and this one fails, it ends at once: on the way out JAX would wait
+    for the others, which wait for this one.
+    """
+    if os.environ.get("JAXREWARD_DISTRIBUTED") != "1":
+        sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code in (1, 2):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -347,7 +347,7 @@ def test_distributed_start_comes_first_and_only_when_asked(fake, monkeypatch, tm
     import jax
 
     order = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: order.append("initialize"))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: order.append("initialize"))
     fake("recipes.preference", run=lambda *_: order.append("run"))
     argv = [*TRAIN, "--workdir", str(tmp_path)]
     monkeypatch.setenv("JAXREWARD_DISTRIBUTED", "0")

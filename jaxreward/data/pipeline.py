@@ -243,6 +243,7 @@ def batches(
     batch,
     seed,
     shard=(0, 1),
+    take=None,
     epochs=None,
     drop_remainder=False,
     answers_per_row=None,
@@ -263,6 +264,8 @@ def batches(
       batch: Rows a batch on this shard, B.
       seed: Of packing and shuffling; 0 <= seed < 2**32.
       shard: (index of this shard, number of shards).
+      take: The rows of a global batch that are laid out here; None takes the shard's. For
+        processes whose devices hold rows that are no even share.
       epochs: How many; None never ends.
       drop_remainder: Leave the last short global batch out; otherwise empty rows (all zero,
         weight 0, ends -1) fill it up.
@@ -305,10 +308,10 @@ def batches(
         )
     K, N = widths(trees, plan)
     K, N = answers_per_row or K, pairs_per_row or N
+    take = range(index * batch, (index + 1) * batch) if take is None else [int(i) for i in take]
 
     def local(rows):
-        rows = rows[index * batch : (index + 1) * batch]
-        rows = rows + [[]] * (batch - len(rows))
+        rows = [rows[i] if i < len(rows) else [] for i in take]
         made = [
             materialise(trees, row, row_len=row_len, answers_per_row=K, pairs_per_row=N)
             for row in rows

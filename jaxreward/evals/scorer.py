@@ -82,9 +82,10 @@ def make_predict(
     rows are long, and on a mesh a multiple of the devices that share a batch.
     """
 
-    @jax.jit
     def score_rows(params, frozen, rows):
         return rewards(plan, params, frozen, rows, rules=rules)
+
+    score_rows = jax.jit(score_rows, out_shardings=hosts.whole(rules))
 
     def predict(params, frozen, trees):
         out = [np.full(len(tree.answers), np.nan, np.float32) for tree in trees]
@@ -99,11 +100,19 @@ def make_predict(
                 shuffle=False,
             )
             for raw in batches:
-                scores = np.asarray(score_rows(params, frozen, pair_rows(raw, rules)))
+                scores = np.asarray(score_rows(params, frozen, _share(raw, rules)))
                 _scatter([out[i] for i in members], raw["index"], scores)
         return out
 
     return predict
+
+
+def _share(raw, rules):
+    """A batch that every process has in full, on the devices: each gives the rows it holds."""
+    mine = hosts.rows(rules, len(raw["mask"]))
+    if len(mine) < len(raw["mask"]):
+        raw = {name: x[mine] for name, x in raw.items()}
+    return pair_rows(raw, rules)
 
 
 def _scatter(out, index, values):
@@ -137,7 +146,10 @@ def cache_features(
     """
     if not trees:
         return []
-    forward = jax.jit(lambda frozen, rows: trainable.features(plan, frozen, rows, rules=rules))
+    forward = jax.jit(
+        lambda frozen, rows: trainable.features(plan, frozen, rows, rules=rules),
+        out_shardings=hosts.whole(rules),
+    )
     out: list[list[np.ndarray] | None] = [None] * len(trees)
     length = row_len(trees)
     packed = pipeline.pack(trees, row_len=length)
@@ -146,7 +158,7 @@ def cache_features(
         trees, row_len=length, batch=batch, seed=0, epochs=1, shuffle=False, plan=packed
     )
     for done, raw in enumerate(batches):
-        states = np.asarray(forward(frozen, pair_rows(raw, rules)))
+        states = np.asarray(forward(frozen, _share(raw, rules)))
         rows = packed[done * batch : (done + 1) * batch]
         for b, members in enumerate(rows):
             slot = 0

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxreward.core import trees
 from jaxreward.models import decoder, families, heads
+from jaxreward.parallel import hosts
 from jaxreward.parallel import specs as sp
 from jaxreward.parallel.rules import Rules
 
@@ -154,7 +155,7 @@ def _stacker(param: sp.Param, dtype, rules):
     empty = jax.jit(lambda: jnp.zeros(param.shape, dtype), out_shardings=where)()
     write = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
     write = jax.jit(write, donate_argnums=0, out_shardings=where)
-    return empty, lambda stack, x, i: write(stack, jax.device_put(x, part), i)
+    return empty, lambda stack, x, i: write(stack, hosts.put(x, part), i)
 
 
 def _leaf(files, entry, param: sp.Param, depth, dtype, rules):
@@ -162,7 +163,7 @@ def _leaf(files, entry, param: sp.Param, depth, dtype, rules):
     read = lambda name: np.asarray(entry.back(_tensor(files, name)), dtype)
     if not entry.layered:
         where = rules and rules.sharding(param.axes, param.shape, layout="storage")
-        return jax.device_put(read(entry.theirs), where)
+        return hosts.put(read(entry.theirs), where)
     stack, write = _stacker(param, dtype, rules)
     for layer in range(depth):
         stack = write(stack, read(entry.theirs.format(layer=layer)), layer)
@@ -227,7 +228,7 @@ def load(
         kernel = _tensor(files, "score.weight").astype(np.float32).T
         described_head = heads.scalar_specs(cfg.width, scores=kernel.shape[1])["kernel"]
         where = rules and rules.sharding(described_head.axes, kernel.shape, layout="storage")
-        score = {"kernel": jax.device_put(kernel, where)}
+        score = {"kernel": hosts.put(kernel, where)}
     return cfg, trees.unflatten(params), score
 
 

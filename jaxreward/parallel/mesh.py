@@ -55,4 +55,6 @@ def describe(mesh) -> str:
     used = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
     kind = mesh.devices.flat[0].device_kind
     count = mesh.devices.size
-    return f"{count} {kind} device{'s' * (count > 1)}: {' x '.join(used) or 'no sharding'}"
+    hosts = len({device.process_index for device in mesh.devices.flat})
+    where = f" of {hosts} processes" if hosts > 1 else ""
+    return f"{count} {kind} device{'s' * (count > 1)}{where}: {' x '.join(used) or 'no sharding'}"

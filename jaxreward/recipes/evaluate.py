@@ -16,7 +16,7 @@ from jaxreward.evals import pairwise, scorer
 from jaxreward.hub import export as hub_export
 from jaxreward.hub import load
 from jaxreward.models import trainable
-from jaxreward.parallel import rules
+from jaxreward.parallel import hosts, rules
 from jaxreward.parallel import specs as sp
 from jaxreward.train import checkpoint
 
@@ -201,7 +201,8 @@ def score(
         for name, value in zip(record["names"], scores):
             row[f"{name}_score" if pair else "score"] = float(value)
         out.append(row)
-    sources.write_jsonl(output, out)
+    if hosts.is_writer():
+        sources.write_jsonl(output, out)
 
 
 def evaluate(
@@ -249,7 +250,7 @@ def evaluate(
     }
     if output is None and checkpoint.is_workdir(model):
         output = Path(model) / "evals" / f"{name}.json"
-    if output is not None:
+    if output is not None and hosts.is_writer():
         write_json(output, result)
     return result
 

@@ -182,13 +182,16 @@ def _cached(plan, frozen, train, held, source_hash, config, workdir, where):
         if flat.shape != (sum(lengths), plan.cfg.width):
             log.warning("%s does not fit the data and is computed again", path)
             flat = None
-    if flat is None:
+    # All processes run the frozen layers, or none does: each has its part of every batch.
+    if not hosts.all_true(flat is not None):
         began = time.monotonic()
         progress = None
 
         def show(done, total):
             nonlocal progress
-            progress = progress or writers.Progress(total, label="frozen layers")
+            progress = progress or writers.Progress(
+                total, label="frozen layers", shows=hosts.is_writer()
+            )
             if done == total or done % max(total // 10, 1) == 0:
                 progress.update(done)
 
@@ -197,11 +200,12 @@ def _cached(plan, frozen, train, held, source_hash, config, workdir, where):
         )
         progress.close()
         flat = np.concatenate([np.asarray(x) for parts in made for x in parts])
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.save(file, flat, allow_pickle=False)
-        os.replace(partial, path)
+        if hosts.is_writer():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            with partial.open("wb") as file:
+                np.save(file, flat, allow_pickle=False)
+            os.replace(partial, path)
         log.info("frozen layers ran once in %s", writers.duration(time.monotonic() - began))
     cuts = np.split(flat, np.cumsum(lengths)[:-1])
     out, at = [], 0
@@ -220,7 +224,8 @@ def build(config, workdir: str | Path) -> Built:
     """
     workdir = Path(workdir)
     model = config.models.policy
-    folder = export.init_folder(model.init, workdir)
+    with hosts.writer_first("initial model"):
+        folder = export.init_folder(model.init, workdir)
     tokenizer = tokenize.load_tokenizer(folder)
     where = rules.on_mesh(dict(config.mesh))
     train, held, facts = load_data(config, tokenizer)
@@ -238,7 +243,6 @@ def build(config, workdir: str | Path) -> Built:
         train, held = _cached(plan, frozen, train, held, source_hash, config, workdir, where)
         # Their output is what the step needs; the weights below the cut would only take memory.
         frozen = {"policy": {k: v for k, v in frozen["policy"].items() if k != "lower"}}
-    shard, shards = hosts.shard()
     length = config.data.row_len or scorer.row_len(train)
     rng_order = np.random.default_rng(config.seed).permutation(len(train))
     packed = pipeline.pack(train, row_len=length, order=rng_order)
@@ -247,10 +251,10 @@ def build(config, workdir: str | Path) -> Built:
         row_len=length,
         batch=config.data.batch,
         seed=config.seed,
-        shard=(shard, shards),
+        take=hosts.rows(where, config.data.batch),
         plan=packed,
     )
-    epoch = pipeline.steps_per_epoch(len(packed), batch=config.data.batch, shards=shards)
+    epoch = pipeline.steps_per_epoch(len(packed), batch=config.data.batch)
     steps = config.train.steps or epoch * config.train.epochs
     tx = optim.make(config.optim, steps)
     loss, loss_weights, coef = make_loss(plan, config.losses, where)
@@ -334,6 +338,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "jax": jax.__version__,
         "flax": flax.__version__,
         "optax": optax.__version__,
@@ -365,16 +370,18 @@ def run(config, workdir: str | Path) -> Path:
     compile_cache.enable()
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    hosts.check_shared(workdir)
     if hosts.is_writer():
         presets.save(config, workdir / "config.json")
     built = build(config, workdir)
     facts = {**environment(), **built.facts}
+    say = functools.partial(print, file=sys.stderr) if hosts.is_writer() else lambda text: None
     if hosts.is_writer():
         (workdir / "environment.json").write_text(json.dumps(facts, indent=1, default=str))
-    print(f"mesh        {built.facts['mesh']}", file=sys.stderr)
+    say(f"mesh        {built.facts['mesh']}")
     for name in ("data", "eval_data", "rows", "steps", "parameters"):
         shown = ", ".join(f"{k} {v}" for k, v in facts[name].items() if k != "sha256")
-        print(f"{name:<11} {shown}", file=sys.stderr)
+        say(f"{name:<11} {shown}")
     with checkpoint.Checkpoints(workdir, keep=config.train.keep) as checkpoints:
         start = built.state
         checkpoints.remove_unfinished()
@@ -387,7 +394,7 @@ def run(config, workdir: str | Path) -> Path:
                 )
             start, data, _ = checkpoints.restore(start)
             built.batches.set_state(data["iterator"])
-            print(f"resumed     step {int(start.step)} of {built.steps}", file=sys.stderr)
+            say(f"resumed     step {int(start.step)} of {built.steps}")
         metrics_file = writers.MetricsFile(workdir, step=int(start.step), writes=hosts.is_writer())
         try:
             loop.run(
@@ -406,6 +413,7 @@ def run(config, workdir: str | Path) -> Path:
                 eval_every=config.train.eval_every,
                 save_every=config.train.save_every,
                 max_skipped=config.train.max_skipped,
+                total=functools.partial(hosts.total, rules=built.rules),
             )
         finally:
             metrics_file.close()

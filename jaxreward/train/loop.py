@@ -16,6 +16,7 @@ import jax
 
 from jaxreward.core import metrics as m
 from jaxreward.core.types import TrainState
+from jaxreward.parallel import hosts
 from jaxreward.train import writers
 from jaxreward.train.checkpoint import Checkpoints
 
@@ -30,19 +31,27 @@ class Stopped(Exception):
 
 
 class _Flag:
-    """Set by SIGTERM while the loop runs; the previous handler is put back afterwards."""
+    """Set by SIGTERM while the loop runs; the previous handler is put back afterwards.
+
+    With several processes the signal is JAX's to take, and `at` is what they have agreed on.
+    """
 
     def __init__(self):
         self.raised = False
 
     def __enter__(self):
-        self._main = threading.current_thread() is threading.main_thread()
+        self._alone = jax.process_count() == 1
+        self._main = self._alone and threading.current_thread() is threading.main_thread()
         if self._main:
             self._before = signal.signal(signal.SIGTERM, self._set)
         return self
 
     def _set(self, *_):
         self.raised = True
+
+    def at(self, step: int) -> bool:
+        """Whether the run stops after this step; to be asked after every step."""
+        return self.raised if self._alone else hosts.stopping(step)
 
     def __exit__(self, *_):
         if self._main:
@@ -121,6 +130,7 @@ def run(
     eval_every: int = 0,
     save_every: int = 0,
     max_skipped: int = 3,
+    total: Callable[[int], int] = int,
     label: str = "train",
 ) -> TrainState:
     """Runs `step` until `state.step == steps`.
@@ -139,6 +149,7 @@ def run(
       evaluate: State -> {metric: value}, logged under "eval/"; also run after the last step.
       log_every, eval_every, save_every: In steps; 0 = only at the end.
       max_skipped: Steps in a row that may be skipped because their numbers are not finite.
+      total: Sums what each process has counted in its rows (`hosts.total`).
       label: Shown in front of the progress.
 
     Returns:
@@ -154,7 +165,7 @@ def run(
     if max_skipped < 1:
         raise ValueError(f"train.max_skipped must be 1 or more; received {max_skipped}")
     at = int(state.step)
-    progress = writers.Progress(steps, start=at, label=label)
+    progress = writers.Progress(steps, start=at, label=label, shows=hosts.is_writer())
     pending, pending_from, tokens, skipped = None, at, 0, _Skipped(max_skipped)
     clock = time.monotonic()
     due = lambda every: at == steps or (every and at % every == 0)
@@ -198,7 +209,7 @@ def run(
         line = {f"train/{k}": v for k, v in values.items()}
         line["train/skipped"] = len(skipped.window)
         now = time.monotonic()
-        line["train/tokens_per_second"] = tokens / max(now - clock, 1e-9)
+        line["train/tokens_per_second"] = total(tokens) / max(now - clock, 1e-9)
         if schedule is not None:
             line["train/lr"] = float(schedule(at - 1))
         metrics_file.write(at, line)
@@ -215,7 +226,7 @@ def run(
             at += 1
             metrics = skipped.take(at, metrics)
             pending = metrics if pending is None else m.add(pending, metrics)
-            stop = flag.raised
+            stop = flag.at(at)
             evaluating = evaluate is not None and due(eval_every)
             # Nothing is saved or evaluated before its numbers are known.
             if due(log_every) or evaluating or due(save_every) or stop:

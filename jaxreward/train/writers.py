@@ -66,10 +66,18 @@ class Progress:
     """A live line on a terminal, plain lines elsewhere. Writes to standard error."""
 
     def __init__(
-        self, total: int, *, start: int = 0, label: str = "", stream: TextIO | None = None
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        label: str = "",
+        stream: TextIO | None = None,
+        shows: bool = True,
     ):
-        """Args: total: steps of the run. start: steps already done. label: what is running."""
+        """Args: total: steps of the run. start: steps already done. label: what is running.
+        shows: False on all processes but one, which then say nothing."""
         self._total, self._start, self._label = total, start, label
+        self._shows = shows
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
         self._began = time.monotonic()
@@ -77,6 +85,8 @@ class Progress:
 
     def update(self, step: int, values: dict[str, float] | None = None) -> None:
         """Shows the step, the given values and the time left."""
+        if not self._shows:
+            return
         done = step - self._start
         left = ""
         if done > 0 and step < self._total:

@@ -353,11 +353,9 @@ def test_what_a_config_can_get_wrong(tiny_folder, tmp_path, overrides, text):
 
 def test_batch_that_does_not_divide(tiny_folder, tmp_path):
     """A batch of 6 rows on 4 devices is refused by the name of the setting."""
-    built = preference.build(
-        config(tiny_folder, "data.batch=6", "data.cache_frozen=false"), tmp_path
-    )
+    made = config(tiny_folder, "data.batch=6", "data.cache_frozen=false")
     with pytest.raises(ValueError, match=r"6 rows does not divide .* 4 devices; set data\.batch"):
-        built.to_device(next(built.batches))
+        preference.build(made, tmp_path)
 
 
 def test_unknown_margin(tiny_folder, tmp_path):

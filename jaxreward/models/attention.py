@@ -26,8 +26,9 @@ from jaxtyping import Bool, Float, Int
 from jaxreward.core.types import Array
 
 MASKS = ("causal", "full", "block")
-# Rows of queries and keys in a tile. Smaller tiles skip more and stay in a CPU's cache.
-CHUNK = 128
+# Rows of queries and keys in a tile. Smaller tiles skip more and stay in a CPU's cache; a GPU wants
+# fewer, larger ones (measured on an H100: benchmarks/gpu.py).
+CHUNK, WIDE = 128, 512
 # Up to this many scores a row and head, everything is one tile (decoding, short rows).
 SMALL = 128 * 128
 # A hidden score, and the largest score of a query that sees nothing: the former vanishes beside
@@ -199,8 +200,7 @@ def sight(
             )
         trunk = jnp.zeros_like(segments)
         order = key_order = positions // block
-    one = T * S <= SMALL
-    sizes = (T, S) if one else (min(T, CHUNK), min(S, CHUNK))
+    sizes, one = _sizes(T, S)
     place = key_place = reach = None
     if window:
         place, key_place = positions, positions if itself else key_positions
@@ -225,8 +225,7 @@ def shared_sight(
     """
     P, S = prompts.shape
     T = positions.size // P
-    one = T * S <= SMALL
-    sizes = (T, S) if one else (min(T, CHUNK), min(S, CHUNK))
+    sizes, one = _sizes(T, S)
     ones, zeros = jnp.ones((P, T), jnp.int32), jnp.zeros((P, T), jnp.int32)
     place, at, reach = None, None, None
     if window:
@@ -234,6 +233,13 @@ def shared_sight(
         reach = jnp.asarray(window, jnp.int32)
     own = prompts.astype(jnp.int32)
     return _sight((ones, zeros, zeros, place), (own, 0 * own, at), reach, sizes, one, below=False)
+
+
+def _sizes(T, S):
+    """Queries and keys in a tile, and whether one tile is all."""
+    edge, most = (CHUNK, SMALL) if jax.default_backend() == "cpu" else (WIDE, WIDE * WIDE)
+    one = T * S <= most
+    return (T, S) if one else (min(T, edge), min(S, edge)), one
 
 
 def _sight(queries, keys, reach, sizes, one, below):
@@ -344,7 +350,10 @@ def _over_tiles(see: Sight, operands, tile, by_query, by_key=()):
 
 
 # Letters of the products: b row, k key head, x folded query, s key, h head dimension.
-_times = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+# HIGHEST: float32 operands are multiplied in float32 on GPU and TPU too; bfloat16 ones as ever.
+_times = functools.partial(
+    jnp.einsum, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+)
 
 
 def _pick(x, i):

@@ -241,11 +241,14 @@ def dense(x: Float[Array, "B T *inner"], kernel: Float[Array, "..."], inner: int
     """x @ kernel over the last `inner` axes of x, as one two-dimensional product.
 
     XLA:CPU runs the flattened product much faster than the three-dimensional einsum, backward too.
+    float32 means float32 on every device: by default a GPU would take TF32 for it, and a TPU
+    bfloat16, and scores would move with the device.
     """
     B, T = x.shape[:2]
     left = x.reshape(B * T, -1)
     out = kernel.shape[inner:]
-    return (left @ kernel.astype(x.dtype).reshape(left.shape[1], -1)).reshape(B, T, *out)
+    right = kernel.astype(x.dtype).reshape(left.shape[1], -1)
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST).reshape(B, T, *out)
 
 
 def block(w: PyTree, cfg: Config, x, *, turn, see, rules=None, cached=None, trunk=None):
@@ -467,5 +470,10 @@ def head_matrix(params: PyTree, cfg: Config) -> Float[Array, "D V"]:
 
 def logits(states: Float[Array, "... D"], head: Float[Array, "D V"], cfg: Config):
     """Logits of states, float32[..., V], with the soft cap of the config if it has one."""
-    out = jnp.matmul(states, head.astype(states.dtype), preferred_element_type=jnp.float32)
+    out = jnp.matmul(
+        states,
+        head.astype(states.dtype),
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST,
+    )
     return cfg.logit_softcap * jnp.tanh(out / cfg.logit_softcap) if cfg.logit_softcap else out

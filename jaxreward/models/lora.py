@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -90,7 +91,9 @@ def merge(weights: PyTree, adapters: PyTree, scale: float) -> PyTree:
         if path not in adapted:
             return w
         a, b = adapted[path]["a"], adapted[path]["b"]
-        delta = scale * jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32))
+        delta = scale * jnp.matmul(
+            a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
         return (w.astype(jnp.float32) + delta.reshape(w.shape)).astype(w.dtype)
 
     return trees.map_with_path(one, weights)

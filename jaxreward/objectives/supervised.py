@@ -19,6 +19,12 @@ from jaxreward.core.types import Array
 LOGITS = 1 << 24
 
 
+# float32 operands are multiplied in float32 on GPU and TPU too; bfloat16 ones as ever.
+_matmul = functools.partial(
+    jnp.matmul, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+)
+
+
 class Scored(NamedTuple):
     """Which states predict which tokens.
 
@@ -95,7 +101,7 @@ def _slices(head, positions, chunk):
 def _logits(x, w, c, n, extra, V, softcap):
     """Logits of slice c, float32[M, V / n], their bend in (-1, 1), and their vocabulary entries."""
     entry = jnp.arange(w.shape[1], dtype=jnp.int32) * n + c
-    z = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    z = _matmul(x, w.astype(x.dtype))
     bend = jnp.tanh(z / softcap) if softcap else None
     z = softcap * bend if softcap else z
     return (jnp.where(entry < V, z, -jnp.inf) if extra else z), bend, entry
@@ -150,9 +156,9 @@ def _bwd(scale, chunk, softcap, kept, cotangents):
         if softcap:
             dz = dz * (1 - bend * bend)
         dz = (dz * scale).astype(x.dtype)
-        dx = dx + jnp.matmul(dz, w.astype(x.dtype).T, preferred_element_type=jnp.float32)
+        dx = dx + _matmul(dz, w.astype(x.dtype).T)
         # Complete for these columns: the head's gradient is reduced over devices once.
-        dw = jnp.matmul(x.T, dz, preferred_element_type=jnp.float32)
+        dw = _matmul(x.T, dz)
         return dx, dw.astype(head.dtype)
 
     dx, dws = jax.lax.scan(one, jnp.zeros(x.shape, jnp.float32), (slices, jnp.arange(n)))

@@ -45,7 +45,7 @@ while [ $# -gt 0 ]; do
     --) break ;;
     --dry_run) dry=1; shift; continue ;;
   esac
-  [ $# -ge 2 ] || fail "$1 needs a value; --help lists the options"
+  [ $# -ge 2 ] && [ "$2" != -- ] || fail "$1 needs a value; --help lists the options"
   case "$1" in
     --nodes) nodes="$2" ;;
     --gpus_per_node) gpus="$2" ;;

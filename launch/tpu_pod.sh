@@ -34,7 +34,7 @@ while [ $# -gt 0 ]; do
     --dry_run) dry=1; shift; continue ;;
     --detach) detach=1; shift; continue ;;
   esac
-  [ $# -ge 2 ] || fail "$1 needs a value; --help lists the options"
+  [ $# -ge 2 ] && [ "$2" != -- ] || fail "$1 needs a value; --help lists the options"
   case "$1" in
     --zone) zone="$2" ;;
     --project) project="$2" ;;

@@ -7,6 +7,7 @@ every function does the obvious thing and costs nothing.
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,10 @@ def check_shared(folder: str | Path) -> None:
         if is_writer():
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
-        seen = mark.exists()
+        # File systems of networks may show a new file late.
+        until = time.monotonic() + 10
+        while not (seen := mark.exists()) and time.monotonic() < until:
+            time.sleep(0.2)
     everywhere = all_true(seen)
     if is_writer():
         mark.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxreward.launch import free_port
+
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 120
 LONG = (
@@ -161,6 +163,49 @@ def test_gke_preempted_and_restarted(cluster, long_env, whole, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(cluster.calls("kubectl")) == 1
     check_same_end(tmp_path / "run", whole, done.stdout)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_refused(clean_env, tmp_path):
+    """Catches hosts that each write half a checkpoint onto their own disk, which shows only when
+    the run is to be resumed."""
+    port = free_port()
+    env = {**clean_env, "JAXREWARD_DISTRIBUTED": "1", "JAXREWARD_NUM_PROCESSES": "2"}
+    env["JAXREWARD_COORDINATOR"] = f"127.0.0.1:{port}"
+    words = (sys.executable, "-m", "jaxreward", *LONG[:3], "--workdir")
+    both = [
+        subprocess.Popen(
+            [*words, tmp_path / f"disk{i}"],
+            env={**env, "JAXREWARD_PROCESS_ID": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    told = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1], told
+    for i, text in enumerate(told):
+        assert f"disk{i} must be a folder that all 2 processes share" in text
+    assert "process 1 of 2 does not see it" in told[1]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_by_all(clean_env, tmp_path):
+    """Catches two processes that resume from different checkpoints, or wait for each other, when
+    one of them finds a damaged file."""
+    words = (*LONG[:3], "--config.train.save_every=2", "--workdir", tmp_path / "run")
+    first = local(*words, env=clean_env, logs=tmp_path / "logs")
+    assert first.returncode == 0, first.stdout
+    before = lines(tmp_path / "run")
+    parts = [x for x in (tmp_path / "run/checkpoints/4/params").rglob("*") if x.is_file()]
+    largest = max(parts, key=lambda x: x.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:20])
+    again = local(*words, env=clean_env, logs=tmp_path / "logs")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "checkpoints/4 is damaged and not used" in again.stdout
+    assert "resumed     step 2 of 4" in again.stdout
+    assert lines(tmp_path / "run") == before
+    assert {"2", "4", "4.damaged"} <= {x.name for x in (tmp_path / "run/checkpoints").iterdir()}
 
 
 def children(pid):

@@ -379,3 +379,28 @@ def test_the_module_runs_as_a_program():
     out = subprocess.run(argv, capture_output=True, text=True)
     assert out.returncode == 2
     assert "did you mean train?" in out.stderr and "Traceback" not in out.stderr
+
+
+def test_the_exit_code_of_a_stopped_run_can_be_chosen(fake, monkeypatch, tmp_path, capsys):
+    """Catches a scheduler that takes a preempted run for a finished one, and a code that is none."""
+    from jaxreward.train.loop import Stopped
+
+    def stop(*_):
+        raise Stopped("stopped by SIGTERM at step 3 of 9")
+
+    fake("recipes.preference", run=stop)
+    argv = [*TRAIN, "--workdir", str(tmp_path)]
+    assert cli.main(argv) == 0
+    monkeypatch.setenv("JAXREWARD_STOPPED_EXIT", "75")
+    assert cli.main(argv) == 75
+    monkeypatch.setenv("JAXREWARD_STOPPED_EXIT", "soon")
+    assert cli.main(argv) == 2
+    assert "expected an exit code from 0 to 125, got 'soon'" in capsys.readouterr().err
+
+
+def test_generate_refuses_to_be_one_of_several(monkeypatch, capsys):
+    """Catches several processes that write one file of answers."""
+    monkeypatch.setenv("JAXREWARD_DISTRIBUTED", "1")
+    argv = ["generate", "--model", "m", "--input", "a.jsonl", "--output", "b.jsonl"]
+    assert cli.main(argv) == 2
+    assert "generate runs in one process" in capsys.readouterr().err

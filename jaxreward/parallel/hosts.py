@@ -142,7 +142,7 @@ def check_shared(folder: str | Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
         # File systems of networks may show a new file late.
-        until = time.monotonic() + 10
+        until = time.monotonic() + 5
         while not (seen := mark.exists()) and time.monotonic() < until:
             time.sleep(0.2)
     everywhere = all_true(seen)

@@ -16,14 +16,14 @@ import pytest
 from jaxreward.launch import free_port
 
 REPO = Path(__file__).resolve().parents[2]
-STEPS = 120
+STEPS = 100
 LONG = (
     "train",
     "--config",
     "reward_model/bradley_terry:smoke",
     f"--config.train.steps={STEPS}",
-    "--config.train.save_every=60",
-    "--config.train.eval_every=60",
+    "--config.train.save_every=50",
+    "--config.train.eval_every=50",
 )
 
 
@@ -47,15 +47,26 @@ def local(*args, env, logs):
     return run("bash", REPO / "launch/local.sh", "2", "--logs", logs, "--", *args, env=env)
 
 
-def test_two_processes_give_the_losses_of_one(clean_env, tmp_path):
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder for compiled programs, so that a second start is quick."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture
+def long_env(clean_env, shared):
+    return {**clean_env, "JAXREWARD_COMPILE_CACHE": "1", "XDG_CACHE_HOME": str(shared)}
+
+
+def test_two_processes_give_the_losses_of_one(long_env, tmp_path):
     """Catches rows read twice or by the wrong devices, sums over one process only, and files
     written by two."""
     words = ("train", "--config", "reward_model/bradley_terry:smoke")
-    two = local(*words, "--workdir", tmp_path / "two", env=clean_env, logs=tmp_path / "logs")
+    two = local(*words, "--workdir", tmp_path / "two", env=long_env, logs=tmp_path / "logs")
     assert two.returncode == 0, two.stdout + two.stderr
     one = run(
         *(sys.executable, "-m", "jaxreward", *words, "--workdir", tmp_path / "one"),
-        env={**clean_env, "JAX_NUM_CPU_DEVICES": "4"},
+        env={**long_env, "JAX_NUM_CPU_DEVICES": "4"},
     )
     assert one.returncode == 0, one.stderr
     got, want = lines(tmp_path / "two"), lines(tmp_path / "one")
@@ -79,22 +90,11 @@ def test_two_processes_give_the_losses_of_one(clean_env, tmp_path):
         )
     )
     words = ("evaluate", "--model", tmp_path / "two", "--data", evals, "--output")
-    done = local(*words, tmp_path / "two.json", env=clean_env, logs=tmp_path / "logs_evaluate")
+    done = local(*words, tmp_path / "two.json", env=long_env, logs=tmp_path / "logs_evaluate")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count('"protocol"') == 1
     found = json.loads((tmp_path / "two.json").read_text())["metrics"]
     assert found["pairs"] == 20 and 0 < found["loss"]["value"] < 2
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A folder for compiled programs, so that a second start is quick."""
-    return tmp_path_factory.mktemp("programs")
-
-
-@pytest.fixture
-def long_env(clean_env, shared):
-    return {**clean_env, "JAXREWARD_COMPILE_CACHE": "1", "XDG_CACHE_HOME": str(shared)}
 
 
 _WHOLE: dict[str, Path] = {}
@@ -190,17 +190,17 @@ def test_a_folder_that_is_not_shared_is_refused(clean_env, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_by_all(clean_env, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_by_all(long_env, tmp_path):
     """Catches two processes that resume from different checkpoints, or wait for each other, when
     one of them finds a damaged file."""
     words = (*LONG[:3], "--config.train.save_every=2", "--workdir", tmp_path / "run")
-    first = local(*words, env=clean_env, logs=tmp_path / "logs")
+    first = local(*words, env=long_env, logs=tmp_path / "logs")
     assert first.returncode == 0, first.stdout
     before = lines(tmp_path / "run")
     parts = [x for x in (tmp_path / "run/checkpoints/4/params").rglob("*") if x.is_file()]
     largest = max(parts, key=lambda x: x.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:20])
-    again = local(*words, env=clean_env, logs=tmp_path / "logs")
+    again = local(*words, env=long_env, logs=tmp_path / "logs")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "checkpoints/4 is damaged and not used" in again.stdout
     assert "resumed     step 2 of 4" in again.stdout

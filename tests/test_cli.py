@@ -382,7 +382,7 @@ def test_the_module_runs_as_a_program():
 
 
 def test_the_exit_code_of_a_stopped_run_can_be_chosen(fake, monkeypatch, tmp_path, capsys):
-    """Catches a scheduler that takes a preempted run for a finished one, and a code that is none."""
+    """Catches a scheduler that takes a preempted run for a finished one; a bad code."""
     from jaxreward.train.loop import Stopped
 
     def stop(*_):

@@ -13,7 +13,6 @@ Standard library only, and no JAX: a launcher must not claim the devices.
 
 import argparse
 import contextlib
-import ctypes
 import os
 import re
 import shlex
@@ -33,6 +32,11 @@ _TOGETHER = 0.5
 # Seconds between SIGTERM and SIGKILL for what is left of a run that failed.
 _LAST_WORDS = 5.0
 _TAIL = 20
+# Linux: PR_SET_PDEATHSIG, so that a launcher killed with SIGKILL leaves no process behind. Then it
+# becomes the command itself.
+_GUARD = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 class Worker:
@@ -45,14 +49,14 @@ class Worker:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._file = log.open("ab")
         self._read, self._rest = self._file.tell(), b""
+        guard = [sys.executable, "-c", _GUARD] if sys.platform == "linux" else []
         self.process = subprocess.Popen(
-            command,
+            [*guard, *command],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=self._file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C reaches the launcher alone, which passes it on
-            preexec_fn=_die_with_parent,
         )
 
     @property
@@ -91,13 +95,6 @@ class Worker:
     def close(self) -> None:
         """Closes the log."""
         self._file.close()
-
-
-def _die_with_parent():
-    # Linux: a launcher that is killed with SIGKILL, and can say nothing, leaves no process behind.
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _say(line, stream=None):

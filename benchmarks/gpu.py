@@ -145,7 +145,11 @@ def main():
         *(functools.partial(train, 16, 2048, "bfloat16", r) for r in ("cheap", "none", "full")),
         functools.partial(train, 64, 512, "bfloat16", "cheap"),
         functools.partial(train, 16, 512, "float32", "cheap"),
-        *(functools.partial(attend, 8, n, c) for n in (512, 2048, 8192) for c in (128, 256, 512, 1024)),
+        *(
+            functools.partial(attend, 8, length, chunk)
+            for length in (512, 2048, 8192)
+            for chunk in (128, 256, 512, 1024)
+        ),
     ]
     path = Path(__file__).with_suffix(".jsonl")
     for job in jobs:

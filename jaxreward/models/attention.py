@@ -238,7 +238,7 @@ def shared_sight(
 def _sizes(T, S):
     """Queries and keys in a tile, and whether one tile is all."""
     edge, most = (CHUNK, SMALL) if jax.default_backend() == "cpu" else (WIDE, WIDE * WIDE)
-    one = T * S <= most
+    one = most >= T * S
     return (T, S) if one else (min(T, edge), min(S, edge)), one
 
 

@@ -199,7 +199,7 @@ def _flags(command, add):
         add("--print_config", action="store_true", help="print the config as JSON and stop")
     if command == "evaluate":
         add("--model", type=Path, required=True, metavar="DIR", help="workdir or exported folder")
-        add("--data", type=Path, required=True, metavar="FILE", help="preference pairs, JSON lines")
+        add("--data", type=Path, required=True, metavar="FILE", help="pairs: JSON Lines, Parquet")
         add("--output", type=Path, metavar="FILE.json", help="also write the result there")
         add("--name", default="heldout", help="name of the result (default: %(default)s)")
         add("--batch", type=_positive, metavar="N", help="rows at a time")

@@ -1,34 +1,24 @@
-"""JSON Lines in and out: preference pairs, prompts and answers, with errors that name the line.
+"""Preference pairs, prompts and answers, in and out, with errors that name file, row and field.
 
-Paths end in .jsonl or .jsonl.gz (any other name is read as plain JSON Lines); "-" is standard input
-or output. Blank lines are skipped.
+They are read from JSON Lines (also .gz, and "-" for standard input), Parquet and ArrayRecord
+(`data/formats.py`), and written as JSON Lines.
 """
 
-import contextlib
 import difflib
 import gzip
 import hashlib
 import json
-import math
 import os
 import sys
 import tempfile
 import warnings
-import zlib
 from pathlib import Path
 
+from jaxreward.data import formats
 from jaxreward.data.corpora import hh_rlhf
 
 _PAIR_FIELDS = ("id", "prompt", "chosen", "rejected", "margin", "weight", "subset")
 _ANSWER_FIELDS = ("answer", "completion", "response")
-
-
-class _Bad(ValueError):
-    """A row that cannot be used: the field, and why in words that hold for many rows."""
-
-    def __init__(self, reason, *, field=None, came=""):
-        super().__init__(f"{reason}{f'; received {came}' if came else ''}")
-        self.reason, self.field = reason, field
 
 
 def read_jsonl(path, *, what="record"):
@@ -46,9 +36,9 @@ def read_jsonl(path, *, what="record"):
       ValueError: naming file:line for a line that is no JSON object in UTF-8, or for an empty file.
     """
     rows = []
-    for number, row in _lines(path):
-        if isinstance(row, _Bad):
-            raise ValueError(f"{_name(path)}:{number}: {what}: {row}") from row
+    for number, row in formats.rows(path):
+        if isinstance(row, formats.Bad):
+            raise ValueError(f"{formats.name(path)}:{number}: {what}: {row}") from row
         rows.append((number, row))
     return rows
 
@@ -174,7 +164,7 @@ def data_hash(path):
     Raises:
       FileNotFoundError: if there is no such file.
     """
-    _exists(path)
+    formats.exists(path)
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -182,73 +172,18 @@ def data_hash(path):
     return digest.hexdigest()
 
 
-def _name(path):
-    return "standard input" if str(path) == "-" else str(path)
-
-
-def _exists(path):
-    path = Path(path)
-    if path.is_file():
-        return
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=3)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
-    raise FileNotFoundError(f"data file {path} does not exist or is no file{hint}")
-
-
-@contextlib.contextmanager
-def _opened(path):
-    if str(path) == "-":
-        yield sys.stdin.buffer
-        return
-    _exists(path)
-    with gzip.open(path) if str(path).endswith(".gz") else Path(path).open("rb") as stream:
-        yield stream
-
-
-def _lines(path):
-    """Yields (line number, dict or _Bad); raises ValueError if no line holds anything."""
-    number, some = 0, False
-    with _opened(path) as stream:
-        try:
-            # Split at \n alone: JSON strings may hold U+2028 and other line ends of str.splitlines.
-            for number, line in enumerate(stream, start=1):
-                if line := line.strip():
-                    some = True
-                    yield number, _parse(line)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{_name(path)}:{number + 1}: not a complete gzip file ({error}); "
-                "download or compress it again"
-            ) from error
-    if not some:
-        raise ValueError(f"{_name(path)} is empty; expected JSON objects, one a line")
-
-
-def _parse(line):
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return _Bad("line must be UTF-8", came=f"byte {error.object[error.start]:#04x}")
-    except RecursionError:
-        return _Bad("JSON is nested too deeply")
-    except ValueError as error:  # also integers too long for Python to convert
-        return _Bad("line must be a JSON object", came=f"{line[:40]!r} ({error})")
-    return row if isinstance(row, dict) else _Bad("line must be a JSON object", came=_show(row))
-
-
 def _read(path, parse, *, what, on_bad="error", limit=None):
     records, read, skipped = [], 0, {}
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None; received {limit}")
-    for number, row in _lines(path):
+    for number, row in formats.rows(path):
         read += 1
         try:
-            if isinstance(row, _Bad):
+            if isinstance(row, formats.Bad):
                 raise row
             records.append(parse(row, number))
-        except _Bad as bad:
-            place = f"{_name(path)}:{number}" + (f":{bad.field}" if bad.field else "")
+        except formats.Bad as bad:
+            place = f"{formats.name(path)}:{number}" + (f":{bad.field}" if bad.field else "")
             if on_bad == "error":
                 raise ValueError(f"{place}: {bad}") from bad
             reason = f"{bad.field}: {bad.reason}" if bad.field else bad.reason
@@ -257,10 +192,10 @@ def _read(path, parse, *, what, on_bad="error", limit=None):
             break
     counts = "; ".join(f"{reason} ({count})" for reason, count in skipped.items())
     if not records:
-        raise ValueError(f"{_name(path)} holds no usable {what} in {read} lines: {counts}")
+        raise ValueError(f"{formats.name(path)} holds no usable {what} in {read} lines: {counts}")
     if skipped:
         warnings.warn(
-            f"{_name(path)}: skipped {sum(skipped.values())} of {read} lines: {counts}",
+            f"{formats.name(path)}: skipped {sum(skipped.values())} of {read} lines: {counts}",
             stacklevel=3,
         )
     return records, {"read": read, "kept": len(records), "skipped": skipped}
@@ -269,7 +204,7 @@ def _read(path, parse, *, what, on_bad="error", limit=None):
 def _pair(row, number):
     chosen, rejected = (_text(row, name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise _Bad(
+        raise formats.Bad(
             "chosen and rejected must both be str or both be messages",
             field="rejected",
             came=f"{type(chosen).__name__} and {type(rejected).__name__}",
@@ -277,14 +212,14 @@ def _pair(row, number):
     prompt = None if row.get("prompt") is None else _text(row, "prompt")
     prompt, (chosen, rejected) = _parted(prompt, [chosen, rejected], ["chosen", "rejected"])
     if chosen == rejected:
-        raise _Bad("identical answers", field="rejected")
+        raise formats.Bad("identical answers", field="rejected")
     record = {"id": _id(row, number), "prompt": prompt, "chosen": chosen, "rejected": rejected}
     for field in ("margin", "weight"):
         if row.get(field) is not None:
-            record[field] = _number(row[field], field)
+            record[field] = formats.number(row[field], field)
     if row.get("subset") is not None:
         if not isinstance(row["subset"], str):
-            raise _Bad("must be str", field="subset", came=_show(row["subset"]))
+            raise formats.Bad("must be str", field="subset", came=formats.show(row["subset"]))
         record["subset"] = row["subset"]
     return _with_extra(record, row, _PAIR_FIELDS)
 
@@ -304,7 +239,7 @@ def _answer(row, number):
         prompt = None if row.get("prompt") is None else _text(row, "prompt")
         prompt, answers = _parted(prompt, [_text(row, names[0])], names)
     else:
-        raise _Bad(
+        raise formats.Bad(
             f"needs exactly one of {', '.join(_ANSWER_FIELDS)}, or chosen and rejected",
             field="answer",
             came=", ".join(names) or f"the fields {', '.join(map(repr, row)) or '(none)'}",
@@ -324,7 +259,7 @@ def _parted(prompt, answers, names):
         if prompt is not None:
             return prompt, answers
         if not all(hh_rlhf.is_dialogue(answer) for answer in answers):
-            raise _Bad(
+            raise formats.Bad(
                 "missing; give a prompt, or answers as messages or HH-RLHF dialogues "
                 'that begin with "\\n\\nHuman:"',
                 field="prompt",
@@ -332,12 +267,14 @@ def _parted(prompt, answers, names):
         try:
             answers = [hh_rlhf.to_messages(answer) for answer in answers]
         except ValueError as error:
-            raise _Bad(
+            raise formats.Bad(
                 str(error), field=names[0] if len(names) == 1 else "chosen|rejected"
             ) from None
     for name, answer in zip(names, answers):
         if answer[-1]["role"] != "assistant":
-            raise _Bad("last message must be the assistant's", field=name, came=answer[-1]["role"])
+            raise formats.Bad(
+                "last message must be the assistant's", field=name, came=answer[-1]["role"]
+            )
     if prompt is not None and all(answer[0]["role"] == "assistant" for answer in answers):
         return prompt, answers
     if isinstance(prompt, list):
@@ -352,12 +289,12 @@ def _parted(prompt, answers, names):
         front, rest = answers[0][:-1], [answers[0][-1:]]
     if prompt is None:
         if not front and len(answers) == 1:
-            raise _Bad("missing; the answer holds nothing but itself", field="prompt")
+            raise formats.Bad("missing; the answer holds nothing but itself", field="prompt")
         return front, rest
     said = front[-1]["content"] if front and front[-1]["role"] == "user" else None
     if isinstance(prompt, str) and said == prompt:
         return front, rest
-    raise _Bad(
+    raise formats.Bad(
         f"does not agree with the messages in {' and '.join(names)}, which begin before the "
         "answer; leave it out, or start the answers at the assistant's message",
         field="prompt",
@@ -374,22 +311,8 @@ def _id(row, number):
     if value is None:
         return str(number)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _Bad("must be str or int", field="id", came=_show(value))
+        raise formats.Bad("must be str or int", field="id", came=formats.show(value))
     return str(value)
-
-
-def _number(value, field):
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Bad("must be a number", field=field, came=_show(value))
-    try:
-        value = float(value)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        raise _Bad("must be finite", field=field, came=_show(value))
-    if field == "weight" and value < 0:
-        raise _Bad("must be >= 0", field=field, came=_show(value))
-    return value
 
 
 def _text(row, field):
@@ -397,21 +320,25 @@ def _text(row, field):
     if row.get(field) is None:
         near = difflib.get_close_matches(field, row, n=1)
         hint = f" (did you mean the field {near[0]!r}?)" if near and near[0] != field else ""
-        raise _Bad(f"missing{hint}", field=field)
+        raise formats.Bad(f"missing{hint}", field=field)
     value = row[field]
     if isinstance(value, str):
         _encodable(value, field)
         return value
     if not isinstance(value, list):
-        raise _Bad("must be str or a list of messages", field=field, came=_show(value))
+        raise formats.Bad(
+            "must be str or a list of messages", field=field, came=formats.show(value)
+        )
     if not value:
-        raise _Bad("list of messages must not be empty", field=field)
+        raise formats.Bad("list of messages must not be empty", field=field)
     for index, message in enumerate(value):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 came = message.get(key) if isinstance(message, dict) else message
-                raise _Bad(
-                    f"message must have a str {key}", field=f"{field}[{index}]", came=_show(came)
+                raise formats.Bad(
+                    f"message must have a str {key}",
+                    field=f"{field}[{index}]",
+                    came=formats.show(came),
                 )
             _encodable(message[key], f"{field}[{index}].{key}")
     return value
@@ -421,16 +348,11 @@ def _encodable(text, field):
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Bad(
+        raise formats.Bad(
             "holds half of a surrogate pair, which is no character",
             field=field,
             came=f"{text[error.start]!r}",
         ) from None
-
-
-def _show(value):
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 def _dump(stream, records, name):

@@ -1,5 +1,7 @@
 """Metric accumulators as pytrees: added up on the device over microbatches and steps, read once."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,29 @@ class Mean:
         """The mean as a Python float; NaN when nothing was counted."""
         weight = float(self.weight)
         return float(self.total) / weight if weight else float("nan")
+
+
+@struct.dataclass
+class Perplexity:
+    """The exponential of a weighted mean of negative log-likelihoods, kept as the two sums."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+    @classmethod
+    def of(cls, values: Float[Array, "..."], weights: Float[Array, "..."]):
+        """As `Mean.of`."""
+        mean = Mean.of(values, weights)
+        return cls(mean.total, mean.weight)
+
+    def add(self, other):
+        """The accumulator of both."""
+        return Perplexity(self.total + other.total, self.weight + other.weight)
+
+    def result(self) -> float:
+        """exp(mean) as a Python float, inf above e^700; NaN when nothing was counted."""
+        mean = Mean(self.total, self.weight).result()
+        return math.exp(mean) if not mean > 700 else math.inf
 
 
 @struct.dataclass
@@ -79,7 +104,7 @@ class Last:
 
 
 def _is_metric(x):
-    return isinstance(x, Mean | Sum | Max | Last)
+    return isinstance(x, Mean | Perplexity | Sum | Max | Last)
 
 
 def add(a, b):
@@ -91,8 +116,8 @@ def over_axis(stacked):
     """Accumulators stacked on a leading axis (the output of a scan), added up."""
 
     def one(m):
-        if isinstance(m, Mean):
-            return Mean(jnp.sum(m.total, axis=0), jnp.sum(m.weight, axis=0))
+        if isinstance(m, Mean | Perplexity):
+            return type(m)(jnp.sum(m.total, axis=0), jnp.sum(m.weight, axis=0))
         if isinstance(m, Sum):
             return Sum(jnp.sum(m.value, axis=0))
         if isinstance(m, Max):
@@ -106,7 +131,7 @@ def over_mesh(tree, axis):
     """Accumulators of each part of a mapped mesh axis, added up; for use inside `shard_map`."""
 
     def one(m):
-        if isinstance(m, Mean | Sum):
+        if isinstance(m, Mean | Perplexity | Sum):
             return jax.lax.psum(m, axis)
         if isinstance(m, Max):
             return jax.lax.pmax(m, axis)
@@ -120,7 +145,7 @@ def only_if(ok, tree):
     """The accumulators where `ok`, else empty ones. A `Last` has no empty form and stays."""
 
     def one(m):
-        if isinstance(m, Mean | Sum):
+        if isinstance(m, Mean | Perplexity | Sum):
             return jax.tree.map(lambda x: jnp.where(ok, x, 0), m)
         if isinstance(m, Max):
             return Max(jnp.where(ok, m.value, -jnp.inf))

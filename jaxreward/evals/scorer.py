@@ -78,17 +78,38 @@ def make_predict(
 ) -> Callable[[PyTree, PyTree, list[Tree]], list[np.ndarray]]:
     """A function (params, frozen, trees) -> scores, one float32 array per tree.
 
-    Compiled once per row length (see `buckets`); at most `batch` rows run at a time, fewer when
-    rows are long, and on a mesh a multiple of the devices that share a batch.
+    Rows and compilations as `over_trees` says.
     """
 
     def score_rows(params, frozen, rows):
         return rewards(plan, params, frozen, rows, rules=rules)
 
-    score_rows = jax.jit(score_rows, out_shardings=hosts.whole(rules))
+    return over_trees(score_rows, rules=rules, batch=batch)
+
+
+def over_trees(
+    measure: Callable[[PyTree, PyTree, PairRows], jax.Array],
+    *shape: int,
+    rules: Rules | None = None,
+    batch: int = 8,
+) -> Callable[[PyTree, PyTree, list[Tree]], list[np.ndarray]]:
+    """A function (params, frozen, trees) -> what `measure` says of the answers of each tree.
+
+    Compiled once per row length (see `buckets`); at most `batch` rows run at a time, fewer when
+    rows are long, and on a mesh a multiple of the devices that share a batch.
+
+    Args:
+      measure: (params, frozen, rows) -> float32[B, K, *shape], one entry an answer.
+      *shape: Of an entry; nothing for a number.
+      rules, batch: Mesh and layouts, and rows at a time.
+
+    Returns:
+      A function; one float32[answers, *shape] a tree, in the order given.
+    """
+    measure = jax.jit(measure, out_shardings=hosts.whole(rules))
 
     def predict(params, frozen, trees):
-        out = [np.full(len(tree.answers), np.nan, np.float32) for tree in trees]
+        out = [np.full((len(tree.answers), *shape), np.nan, np.float32) for tree in trees]
         for length, members in buckets(trees).items():
             some = [trees[i] for i in members]
             batches = pipeline.batches(
@@ -100,8 +121,8 @@ def make_predict(
                 shuffle=False,
             )
             for raw in batches:
-                scores = np.asarray(score_rows(params, frozen, _share(raw, rules)))
-                _scatter([out[i] for i in members], raw["index"], scores)
+                values = np.asarray(measure(params, frozen, _share(raw, rules)))
+                _scatter([out[i] for i in members], raw["index"], values)
         return out
 
     return predict

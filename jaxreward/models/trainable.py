@@ -8,6 +8,11 @@ output never changes; the upper part then starts from `rows.features`.
     train="top"    params {model, score}      frozen {policy: {lower}}          model = upper layers
     train="lora"   params {adapters, score}   frozen {policy: {lower?, upper}}
     train="head"   params {score}             frozen {policy: {lower, upper}}   upper = final norm
+
+That is a reward model (`head="scalar"`). A language model (`head="lm"`) has no score; its head is
+
+    untied   in model with "all" and "top", the one thing trained with "head", frozen with "lora"
+    tied     the embedding: trained with "all", frozen otherwise, since frozen layers read it
 """
 
 import dataclasses
@@ -23,6 +28,7 @@ from jaxreward.parallel.rules import Rules
 
 PyTree = Any
 MODES = ("all", "lora", "top", "head")
+HEADS = ("scalar", "lm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Plan:
       top_layers: Upper layers that are trained ("top") or adapted ("lora"; 0 = every layer).
       lora: Rank, scale and targets, for "lora".
       scores: Numbers per answer of the scalar head.
+      head: "scalar" for a reward model, "lm" for a language model.
     """
 
     cfg: decoder.Config
@@ -42,8 +49,16 @@ class Plan:
     top_layers: int = 0
     lora: "lora.Config | None" = None
     scores: int = 1
+    head: str = "scalar"
 
     def __post_init__(self):
+        if self.head not in HEADS:
+            raise ValueError(f"unknown head={self.head!r}; use one of {', '.join(HEADS)}")
+        if self.head == "lm" and self.train == "head" and self.cfg.tied:
+            raise ValueError(
+                "train='head' with a language head that is tied to the embedding: training it "
+                "would change what the frozen layers read; use train='top', 'lora' or 'all'"
+            )
         if self.train not in MODES:
             raise ValueError(f"unknown train={self.train!r}; use one of {', '.join(MODES)}")
         if self.train == "top" and not 1 <= self.top_layers < self.cfg.depth:
@@ -79,50 +94,74 @@ class Plan:
         return decoder.split(self.cfg, self.cut)[1] if self.cut else self.cfg
 
 
-def make_plan(cfg: decoder.Config, role: Any, *, name: str = "policy") -> Plan:
+def make_plan(
+    cfg: decoder.Config, role: Any, *, name: str = "policy", head: str | None = None
+) -> Plan:
     """The plan that one entry of a config's `models` asks for.
 
     Args:
       cfg: The model.
       role: Has `family`, `head`, `train`, `top_layers`, `lora_rank`, `lora_alpha`, `lora_targets`.
       name: Of the entry, for messages.
+      head: The head that the caller can train, "scalar" or "lm"; None for either.
 
     Raises:
       ValueError: naming the field that does not fit.
     """
-    if role.family != "decoder" or role.head != "scalar":
+    known = HEADS if head is None else (head,)
+    if role.family != "decoder" or role.head not in known:
+        what = {"scalar": "a reward model", "lm": "a language model"}
         raise ValueError(
-            f"models.{name}: a reward model needs family='decoder' and head='scalar'; received "
+            f"models.{name}: {what.get(head, 'a model')} needs family='decoder' and "
+            f"head={' or '.join(map(repr, known))}; received "
             f"family={role.family!r}, head={role.head!r}"
         )
     adapters = None
     if role.train == "lora":
         adapters = lora.Config(role.lora_rank, float(role.lora_alpha), role.lora_targets)
-    return Plan(cfg, role.train, role.top_layers, adapters)
+    return Plan(cfg, role.train, role.top_layers, adapters, head=role.head)
 
 
 def _upper_specs(plan):
     tree = decoder.specs(plan.upper)
+    if plan.head == "lm":
+        return tree
     # A reward needs states, not logits: an untied language head is dropped, here and on export.
     return {k: v for k, v in tree.items() if k != "head"}
 
 
 def param_specs(plan: Plan) -> PyTree:
     """Leaves that the optimizer updates."""
-    tree = {"score": heads.scalar_specs(plan.cfg.width, scores=plan.scores)}
+    tree, upper = {}, _upper_specs(plan)
+    if plan.head == "scalar":
+        tree["score"] = heads.scalar_specs(plan.cfg.width, scores=plan.scores)
+    elif plan.train == "head":
+        tree["head"] = upper["head"]
     if plan.train in ("all", "top"):
-        tree["model"] = _upper_specs(plan)
+        tree["model"] = upper
     if plan.train == "lora":
-        tree["adapters"] = lora.specs(_upper_specs(plan), plan.lora)
+        # The layers run with adapters; a head is read as it is.
+        without = {k: v for k, v in upper.items() if k != "head"}
+        tree["adapters"] = lora.specs(without, plan.lora)
     return tree
 
 
 def split(plan: Plan, weights: PyTree) -> tuple[PyTree, PyTree]:
     """The weights of a whole decoder as (initial trained part, frozen part).
 
-    The trained part holds "model" only; `init` adds new adapters and the head.
+    The trained part holds "model" or an untied language "head" only; `init` adds new adapters and
+    the scalar head.
+
+    Raises:
+      ValueError: if a language head is wanted and the weights have none.
     """
-    upper = {k: v for k, v in weights.items() if k != "head"}
+    language = plan.head == "lm"
+    if language and not plan.cfg.tied and "head" not in weights:
+        raise ValueError(
+            "the initial model has no language head (lm_head.weight): it is a reward model whose "
+            "untied head is gone; start from a language model"
+        )
+    upper = {k: v for k, v in weights.items() if language or k != "head"}
     frozen = {}
     if plan.cut:
         lower, upper = decoder.split_params(upper, plan.cut)
@@ -131,6 +170,8 @@ def split(plan: Plan, weights: PyTree) -> tuple[PyTree, PyTree]:
     if plan.train in ("all", "top"):
         trained["model"] = upper
     else:
+        if language and plan.train == "head":
+            trained["head"] = upper.pop("head")
         frozen["upper"] = upper
     return trained, ({"policy": frozen} if frozen else {})
 
@@ -149,7 +190,8 @@ def init(
       plan: What is trained.
       weights: Tree of `decoder.specs(plan.cfg)`; its buffers may be shared with the result.
       key: For new adapters and a new head; the same key gives the same head in every mode.
-      score: Head of an imported reward model to go on from, or None for a new one.
+      score: Head of an imported reward model to go on from, or None for a new one. A language
+        model ignores it.
       rules: Mesh and layouts.
 
     Raises:
@@ -157,6 +199,8 @@ def init(
     """
     params, frozen = split(plan, weights)
     described = param_specs(plan)
+    if plan.head == "lm":
+        score = None
     if score is not None:
         sp.check({"score": score}, {"score": described["score"]}, what="the imported score head")
     new = {k: v for k, v in described.items() if k not in params}
@@ -168,15 +212,20 @@ def init(
     return params, frozen
 
 
-def join(plan: Plan, params: PyTree, frozen: PyTree) -> tuple[PyTree, PyTree]:
-    """(whole decoder without language head, score head): adapters merged, parts put together."""
+def join(plan: Plan, params: PyTree, frozen: PyTree) -> tuple[PyTree, PyTree | None]:
+    """(whole decoder, score head): adapters merged, parts put together.
+
+    A reward model's decoder comes without language head; a language model has no score head.
+    """
     base = frozen.get("policy", {})
     upper = params["model"] if "model" in params else base["upper"]
     if plan.train == "lora":
         scale = plan.lora.alpha / plan.lora.rank
         upper = lora.merge(upper, params["adapters"], scale)
+    if "head" in params:
+        upper = {**upper, "head": params["head"]}
     whole = decoder.join_params(base["lower"], upper) if plan.cut else upper
-    return whole, params["score"]
+    return whole, params.get("score")
 
 
 def features(plan: Plan, frozen: PyTree, rows: Rows, *, rules: Rules | None = None):
@@ -220,3 +269,19 @@ def states(
         adapters=adapters,
     )
     return hidden.states
+
+
+def head_matrix(
+    plan: Plan, params: PyTree, frozen: PyTree, *, rules: Rules | None = None
+) -> Float[Array, "D V"]:
+    """The matrix from states to logits of a language model, in compute layout.
+
+    Gradients flow to it where it is trained (see the top of this file).
+    """
+    base = frozen.get("policy", {})
+    name = "embed" if plan.cfg.tied else "head"
+    # Trained, or below the cut, or frozen above it.
+    places = (params.get("model", {}), params, base.get("lower", {}), base.get("upper", {}))
+    holder = next(place for place in places if name in place)
+    specs = decoder.specs(plan.cfg)[name]
+    return decoder.head_matrix({name: sp.gather(holder[name], specs, rules)}, plan.cfg)

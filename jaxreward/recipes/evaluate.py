@@ -1,4 +1,4 @@
-"""What is done with a trained reward model: score, evaluate, export. No training."""
+"""What is done with a trained model: score, evaluate, export. No training."""
 
 import dataclasses
 import functools
@@ -120,6 +120,11 @@ def load_model(
     else:
         got = _from_folder(model, where)
     plan, params, frozen, folder, recorded, max_len = got
+    if plan.head != "scalar":
+        raise ValueError(
+            f"{model} is a run of a language model, which gives no scores; "
+            f"`jaxreward export --model {model} --out FOLDER` makes a folder that generates"
+        )
     if compute is not None:
         plan = dataclasses.replace(plan, cfg=dataclasses.replace(plan.cfg, compute=compute))
     tokenizer = tokenize.load_tokenizer(folder)
@@ -270,7 +275,7 @@ def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> P
     Adapters are merged and frozen parts put back; tokenizer and chat template are kept.
 
     Args:
-      workdir: A run of the preference recipe.
+      workdir: A run: of a reward model, or of a language model.
       out: New folder.
       dtype: float32, bfloat16 or float16.
 
@@ -282,19 +287,23 @@ def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> P
             f"{workdir} is not a workdir (no config.json with a recipe); export takes the folder "
             "that was given to `jaxreward train --workdir`"
         )
-    loaded = load_model(workdir)
-    whole, head = trainable.join(loaded.plan, loaded.params, loaded.frozen)
-    plain_bos = loaded.tokenizer.bos_id if loaded.tokenizer.adds_bos else None
+    plan, params, frozen, folder, template, max_len = _from_workdir(Path(workdir), rules.on_mesh())
+    whole, head = trainable.join(plan, params, frozen)
+    tokenizer = tokenize.load_tokenizer(folder)
     return hub_export.write(
         out,
-        loaded.plan.cfg,
+        plan.cfg,
         whole,
-        source=loaded.folder,
+        source=folder,
         score=head,
-        template=loaded.template,
-        max_len=loaded.max_len,
-        adds_bos=plain_bos,
+        template=tokenize.chosen_template(tokenizer, template),
+        max_len=max_len,
+        adds_bos=tokenizer.bos_id if tokenizer.adds_bos else None,
         dtype=dtype,
-        about="A scalar reward model trained on preference pairs.",
-        origin=f"Initial weights: {loaded.folder.name}. What was trained: {loaded.plan.train}.",
+        about=(
+            "A language model fine-tuned on completions."
+            if head is None
+            else "A scalar reward model trained on preference pairs."
+        ),
+        origin=f"Initial weights: {folder.name}. What was trained: {plan.train}.",
     )

@@ -11,14 +11,9 @@ divided by a weight counted on the whole batch.
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,53 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreward import __version__, presets, testing
+from jaxreward import presets, testing
 from jaxreward.core import metrics as m
 from jaxreward.core import trees as tr
 from jaxreward.core.resolve import resolve
 from jaxreward.core.types import PairRows
+from jaxreward.data import conversations, pipeline, sources, tokenize
 from jaxreward.data import pairs as pair_data
-from jaxreward.data import pipeline, sources, tokenize
 from jaxreward.evals import scorer
 from jaxreward.hub import export, load
 from jaxreward.models import trainable
 from jaxreward.parallel import hosts, mesh, rules
-from jaxreward.train import checkpoint, compile_cache, loop, optim, state, step, writers
+from jaxreward.train import optim, session, writers
 
 log = logging.getLogger(__name__)
 PyTree = Any
-
-
-@dataclasses.dataclass
-class Built:
-    """Everything of a run, so that a notebook can step by hand. `run` is a loop over this.
-
-    Attributes:
-      plan: Model and what of it is trained. rules: Mesh, or None on one device.
-      tokenizer: Of the initial model. folder: The initial model's folder.
-      state, frozen, step: The training state, what it does not train, and the jitted step.
-      batches: Iterator of dicts of NumPy arrays; `to_device` makes the step's batch of one.
-      train, heldout: Trees. steps: Length of the run.
-      evaluate: state -> {metric: value}. schedule: step -> learning rate.
-      meta: Facts stored with checkpoints. facts: Facts for environment.json.
-    """
-
-    plan: trainable.Plan
-    rules: rules.Rules | None
-    tokenizer: tokenize.Tokenizer
-    folder: Path
-    state: Any
-    frozen: PyTree
-    step: Callable
-    batches: Any
-    to_device: Callable
-    train: list
-    heldout: list
-    steps: int
-    evaluate: Callable
-    schedule: Callable
-    meta: dict
-    facts: dict
 
 
 def make_loss(plan: trainable.Plan, losses, where: rules.Rules | None = None):
@@ -138,20 +101,13 @@ def _records(config, part: str) -> tuple[list[dict], dict]:
     return records, {"path": str(path), "sha256": sources.data_hash(path), **report}
 
 
-def _by_prompt(records, fraction, seed):
-    # Held out by prompt, not by pair: pairs of one prompt share answers.
-    draw = lambda r: hashlib.sha256(f"{seed}:{json.dumps(r['prompt'])}".encode()).digest()
-    held = [int.from_bytes(draw(r)[:4]) / 2**32 < fraction for r in records]
-    return [r for r, h in zip(records, held) if not h], [r for r, h in zip(records, held) if h]
-
-
 def load_data(config, tokenizer) -> tuple[list, list, dict]:
     """(training trees, held-out trees, facts). Held out by prompt when there is no `eval_path`."""
     records, facts = _records(config, "path")
     if config.data.path == "synthetic" or config.data.eval_path:
         heldout, eval_facts = _records(config, "eval_path")
     else:
-        records, heldout = _by_prompt(records, config.data.eval_fraction, config.seed)
+        records, heldout = conversations.by_prompt(records, config.data.eval_fraction, config.seed)
         eval_facts = {"held out of path": len(heldout)}
     if not records:
         raise ValueError("no training pair is left; lower data.eval_fraction or give more data")
@@ -216,7 +172,7 @@ def _cached(plan, frozen, train, held, source_hash, config, workdir, where):
     return out[: len(train)], out[len(train) :]
 
 
-def build(config, workdir: str | Path) -> Built:
+def build(config, workdir: str | Path) -> session.Built:
     """Reads model and data and makes state, step and batches. Trains nothing.
 
     Raises:
@@ -231,7 +187,7 @@ def build(config, workdir: str | Path) -> Built:
     train, held, facts = load_data(config, tokenizer)
     cfg, weights, score = load.load(folder, rules=where)
     cfg = dataclasses.replace(cfg, compute=config.train.compute, remat=config.train.remat)
-    plan = trainable.make_plan(cfg, model)
+    plan = trainable.make_plan(cfg, model, head="scalar")
     source_hash = load.content_hash(folder)
     key = jax.random.key(config.seed)
     params, frozen = trainable.init(
@@ -256,26 +212,10 @@ def build(config, workdir: str | Path) -> Built:
     )
     epoch = pipeline.steps_per_epoch(len(packed), batch=config.data.batch)
     steps = config.train.steps or epoch * config.train.epochs
-    tx = optim.make(config.optim, steps)
-    loss, loss_weights, coef = make_loss(plan, config.losses, where)
+    losses = make_loss(plan, config.losses, where)
     described = trainable.param_specs(plan)
+    start, train_step = session.prepare(config, params, described, losses, steps, key, where)
     ema = config.train.ema
-    placed = state.shardings(described, tx, where, ema=ema > 0) if where else None
-    start = state.create(params, tx, key, ema=ema > 0)
-    start = state.place(start, placed) if placed else start
-    train_step = step.make_train_step(
-        loss,
-        loss_weights,
-        coef,
-        tx,
-        rules=where,
-        shardings=placed,
-        batch_sharding=hosts.batch_sharding(where) if where else None,
-        microbatches=config.train.microbatches,
-        clip=config.optim.clip or None,
-        trained=optim.trained(config.optim, params),
-        ema=ema,
-    )
     predict = scorer.make_predict(plan, rules=where, batch=config.data.eval_batch)
     evals = {}
     for name, entry in config.evals.items():
@@ -301,7 +241,7 @@ def build(config, workdir: str | Path) -> Built:
         "template": tokenize.chosen_template(tokenizer, config.data.template),
         "max_len": config.data.max_len,
     }
-    return Built(
+    return session.Built(
         plan=plan,
         rules=where,
         tokenizer=tokenizer,
@@ -321,100 +261,13 @@ def build(config, workdir: str | Path) -> Built:
     )
 
 
-def environment() -> dict:
-    """Versions, platform, command and commit, for environment.json."""
-    import flax
-    import optax
-    import orbax.checkpoint as ocp
-
-    # Of a source checkout only: an installed package may lie inside somebody else's repository.
-    where = Path(__file__).resolve().parents[2]
-    commit = None
-    if (where / "pyproject.toml").is_file():
-        commit = _commit(where)
-    return {
-        "jaxreward": __version__,
-        "commit": commit,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "optax": optax.__version__,
-        "orbax-checkpoint": ocp.__version__,
-        "command": " ".join(sys.argv),
-    }
-
-
-def _commit(where):
-    try:
-        return subprocess.run(
-            ["git", "-C", str(where), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def run(config, workdir: str | Path) -> Path:
     """Trains, or goes on where the workdir's newest checkpoint stands. Returns the workdir.
 
-    Resume order: the run's own newest checkpoint that is whole, else `models.policy.init`; never
-    from the start when there are checkpoints and none is whole. Compiled programs are kept for the
-    next start (see `train.compile_cache`).
+    See `train.session` for how a run goes on and for what it leaves in the workdir.
     """
-    compile_cache.enable()
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    hosts.check_shared(workdir)
+    workdir = session.enter(workdir)
     if hosts.is_writer():
         presets.save(config, workdir / "config.json")
-    built = build(config, workdir)
-    facts = {**environment(), **built.facts}
-    say = functools.partial(print, file=sys.stderr) if hosts.is_writer() else lambda text: None
-    if hosts.is_writer():
-        (workdir / "environment.json").write_text(json.dumps(facts, indent=1, default=str))
-    say(f"mesh        {built.facts['mesh']}")
-    for name in ("data", "eval_data", "rows", "steps", "parameters"):
-        shown = ", ".join(f"{k} {v}" for k, v in facts[name].items() if k != "sha256")
-        say(f"{name:<11} {shown}")
-    with checkpoint.Checkpoints(workdir, keep=config.train.keep) as checkpoints:
-        start = built.state
-        checkpoints.remove_unfinished()
-        if checkpoints.latest() is not None:
-            saved = checkpoints.meta()
-            if saved["init_sha256"] != built.meta["init_sha256"]:
-                raise ValueError(
-                    f"{workdir}: the checkpoint was trained from other weights than those now in "
-                    f"{built.folder}; put the old ones back or use a new workdir"
-                )
-            start, data, _ = checkpoints.restore(start)
-            built.batches.set_state(data["iterator"])
-            say(f"resumed     step {int(start.step)} of {built.steps}")
-        metrics_file = writers.MetricsFile(workdir, step=int(start.step), writes=hosts.is_writer())
-        try:
-            loop.run(
-                built.step,
-                start,
-                built.frozen,
-                built.batches,
-                to_device=built.to_device,
-                steps=built.steps,
-                metrics_file=metrics_file,
-                checkpoints=checkpoints,
-                meta=built.meta,
-                schedule=built.schedule,
-                evaluate=built.evaluate,
-                log_every=config.train.log_every,
-                eval_every=config.train.eval_every,
-                save_every=config.train.save_every,
-                max_skipped=config.train.max_skipped,
-                total=functools.partial(hosts.total, rules=built.rules),
-            )
-        finally:
-            metrics_file.close()
+    session.run(build(config, workdir), workdir, config.train)
     return workdir

@@ -1,0 +1,197 @@
+"""Texts to imitate: conversations, or prompts with a completion, as records and as trees.
+
+Only the assistant's tokens are supervised, with the end token that closes each of its turns.
+"""
+
+import hashlib
+import json
+import warnings
+
+from jaxreward.data import sources, templates
+from jaxreward.data.tokenize import AnswerTooLong, Tree, chosen_template, encode_tree
+
+_FORMS = "messages, or prompt and completion"
+
+
+def read(path, *, on_bad="error"):
+    """Reads conversations to learn from.
+
+    A row has `messages`, a list of {"role", "content"} with at least one of the assistant's after
+    something to answer; or `prompt` (str or messages) and `completion` (str, or messages that begin
+    and end with the assistant's). `id` (str or int) is optional.
+
+    Args:
+      path: File, as `sources.read_jsonl` takes it.
+      on_bad: "error" stops at the first row that cannot be used, "skip" leaves such rows out,
+        counts them by reason and warns once.
+
+    Returns:
+      (records, report). Records are dict(id, prompt, completion): of `messages`, the prompt is what
+      comes before the assistant's first. The report is dict(read=int, kept=int,
+      skipped={reason: int}).
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming file:line, what was expected and what came; or when no row is left.
+    """
+    if on_bad not in ("error", "skip"):
+        raise ValueError(f'on_bad must be "error" or "skip"; received {on_bad!r}')
+    records, skipped = [], {}
+    rows = sources.read_jsonl(path, what="conversation")
+    for number, row in rows:
+        try:
+            records.append(_record(row, number))
+        except ValueError as error:
+            if on_bad == "error":
+                raise ValueError(f"{path}:{number}: {error}") from error
+            reason = str(error).partition("; received")[0]
+            skipped[reason] = skipped.get(reason, 0) + 1
+    told = "; ".join(f"{reason} ({count})" for reason, count in skipped.items())
+    if not records:
+        raise ValueError(f"{path} holds no usable conversation in {len(rows)} rows: {told}")
+    if skipped:
+        count = sum(skipped.values())
+        warnings.warn(f"{path}: skipped {count} of {len(rows)} rows: {told}", stacklevel=2)
+    return records, {"read": len(rows), "kept": len(records), "skipped": skipped}
+
+
+def _record(row, number):
+    name = number if row.get("id") is None else row["id"]
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise ValueError(f"id must be str or int; received {name!r}")
+    have = {k for k in ("messages", "prompt", "completion") if row.get(k) is not None}
+    if have == {"messages"}:
+        messages = _messages(row, "messages")
+        first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
+        if not first:
+            raise ValueError(
+                "messages must hold something to answer and then a message of the assistant; "
+                f"received the roles {', '.join(m['role'] for m in messages)}"
+            )
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        # What follows the last answer is not learnt, so it is not read either.
+        return {
+            "id": str(name),
+            "prompt": messages[:first],
+            "completion": messages[first : last + 1],
+        }
+    if have != {"prompt", "completion"}:
+        raise ValueError(f"a row needs {_FORMS}; received {', '.join(sorted(row)) or 'no field'}")
+    prompt, completion = (
+        row[k] if isinstance(row[k], str) else _messages(row, k) for k in ("prompt", "completion")
+    )
+    if not isinstance(completion, str) and {completion[0]["role"], completion[-1]["role"]} != {
+        "assistant"
+    }:
+        raise ValueError("completion must begin and end with a message of the assistant")
+    return {"id": str(name), "prompt": prompt, "completion": completion}
+
+
+def _messages(row, field):
+    value = row[field]
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"{field} must be a list of messages; received {type(value).__name__} {value!r:.60}"
+        )
+    for i, message in enumerate(value):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise ValueError(
+                    f"{field}[{i}] must have a str {key}; received {str(message)[:60]!r}"
+                )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def by_prompt(records, fraction, seed):
+    """Parts records of any kind into (training, held out) by their `prompt`.
+
+    By prompt and not by record: records of one prompt share text. A prompt falls on the same side
+    whatever else is in the data.
+
+    Args:
+      records: Dicts with a `prompt`.
+      fraction: Share of the prompts to hold out, in expectation.
+      seed: Of the draw.
+    """
+    draw = lambda r: hashlib.sha256(f"{seed}:{json.dumps(r['prompt'])}".encode()).digest()
+    held = [int.from_bytes(draw(r)[:4]) / 2**32 < fraction for r in records]
+    return [r for r, h in zip(records, held) if not h], [r for r, h in zip(records, held) if h]
+
+
+def _turns(record):
+    """The record once for every turn of the assistant, each with all that came before it."""
+    completion = record["completion"]
+    if isinstance(completion, str):
+        return [record]
+    whole = templates.as_messages(record["prompt"], completion)
+    before, after = list(whole[0]), list(whole[1])
+    return [
+        {**record, "prompt": before + after[:i], "completion": [message]}
+        for i, message in enumerate(after)
+        if message["role"] == "assistant"
+    ]
+
+
+def encode(tokenizer, records, *, template="auto", max_len=None, on_long="error"):
+    """Encodes conversations, each as a tree of a prompt and one answer.
+
+    A chat template renders a conversation of several turns once, and all of the assistant's are
+    supervised. Plain text has no end of a turn to stop at, so there each turn of the assistant is
+    a tree of its own.
+
+    Args:
+      tokenizer: Tokenizer.
+      records: From `read`.
+      template: As `tokenize.encode_conversation`.
+      max_len: Most tokens of a conversation, or None. What is too long loses the beginning of its
+        prompt.
+      on_long: What to do with a completion that alone exceeds max_len: "error", or "skip", which
+        counts.
+
+    Returns:
+      (trees, report). The report is dict(trees, tokens = those supervised, skipped, truncated =
+      trees that lost prompt tokens, dropped_tokens). Warns once, with counts, if anything was
+      truncated or skipped.
+
+    Raises:
+      ValueError: naming the record; or when none is left.
+    """
+    if on_long not in ("error", "skip"):
+        raise ValueError(f'on_long must be "error" or "skip"; received {on_long!r}')
+    if chosen_template(tokenizer, template) == "plain":
+        records = [turn for record in records for turn in _turns(record)]
+    trees: list[Tree] = []
+    skipped = 0
+    for record in records:
+        prompt, completion = record["prompt"], record["completion"]
+        try:
+            tree = encode_tree(
+                tokenizer, prompt, [completion], template=template, max_len=max_len, id=record["id"]
+            )
+        except ValueError as error:
+            long = isinstance(error, AnswerTooLong)
+            if long and on_long == "skip":
+                skipped += 1
+                continue
+            kind = AnswerTooLong if long else ValueError
+            raise kind(f"conversation {record['id']!r}: {error}") from error
+        trees.append(tree)
+    cut = [tree.truncated for tree in trees if tree.truncated]
+    if cut or skipped:
+        warnings.warn(
+            f"max_len {max_len}: {len(cut)} of {len(trees)} conversations lost their beginning "
+            f"({sum(cut)} tokens), {skipped} were skipped as too long",
+            stacklevel=2,
+        )
+    if not trees:
+        raise ValueError(
+            f"no conversation is left of {len(records)}: {skipped} were longer than max_len "
+            f"{max_len}; raise data.max_len"
+        )
+    return trees, {
+        "trees": len(trees),
+        "tokens": sum(int(loss.sum()) for tree in trees for loss in tree.loss),
+        "truncated": len(cut),
+        "dropped_tokens": sum(cut),
+        "skipped": skipped,
+    }

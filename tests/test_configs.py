@@ -119,7 +119,9 @@ def test_the_bradley_terry_config_is_what_the_recipe_reads():
     """Catches a key that is renamed here and not in the recipe."""
     config = presets.to_dict(presets.load("reward_model/bradley_terry"))
     assert config["recipe"] == "preference"
-    assert config["losses"] == {"bt": {"fn": "preference.bradley_terry", "coef": 1.0}}
+    assert config["losses"] == {
+        "bt": {"fn": "preference.bradley_terry", "coef": 1.0, "margin": "none"}
+    }
     assert config["evals"] == {"heldout": {"fn": "pairwise.accuracy"}}
     assert set(config["models"]["policy"]) == {
         "family",

@@ -1,7 +1,11 @@
 """A Bradley-Terry reward model: a chat model with a scalar head, fitted to preference pairs.
 
-Data: JSON lines with `prompt`, `chosen` and `rejected`, and optionally `id`, `margin`, `weight`
-and `subset`. Without an `eval_path`, `eval_fraction` of the pairs is held out.
+Data: JSON lines with `prompt`, `chosen` and `rejected`, and optionally `id`, `margin`, `weight`,
+`subset`, and `chosen_score` with `rejected_score`. Without an `eval_path`, `eval_fraction` of the
+pairs is held out.
+
+Losses: `preference.bradley_terry`, `log_exp`, `soft_label`, `hinge`, `margin_regression`,
+`absolute_regression` and `centring`; a config of your own may name several, each with a `coef`.
 
 Command:
     jaxreward import --from smollm2 --out models/smollm2
@@ -48,7 +52,8 @@ def get_config(arg=""):
         cache_frozen=True,  # run the frozen layers once, and train from what they gave
         on_bad="error",
     )
-    c.losses = dict(bt=dict(fn="preference.bradley_terry", coef=1.0))
+    # margin: none | data (the rows' own) | scores (chosen_score - rejected_score of the rows)
+    c.losses = dict(bt=dict(fn="preference.bradley_terry", coef=1.0, margin="none"))
     c.optim = presets.adamw(lr=1e-4, schedule="cosine", warmup=0.03, clip=1.0, decay=0.01)
     c.mesh = presets.mesh()
     c.train = presets.train(epochs=1, save_every=200, eval_every=200, compute="float32")

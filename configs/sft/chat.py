@@ -51,7 +51,14 @@ def get_config(arg=""):
         on_bad="error",
     )
     c.losses = dict(ce=dict(fn="supervised.cross_entropy", coef=1.0))
-    c.optim = presets.adamw(lr=1e-5, schedule="cosine", warmup=0.03, clip=1.0, decay=0.01)
+    c.optim = presets.adamw(
+        lr=1e-5,
+        schedule="cosine",
+        warmup=0.03,
+        clip=1.0,
+        decay=0.01,
+        decay_mask=".*/kernel(/[ab])?",  # with adapters there is nothing else to decay
+    )
     c.mesh = presets.mesh()
     c.train = presets.train(epochs=1, save_every=200, eval_every=200, compute="float32")
     c.evals = dict(heldout=dict(fn="likelihood.perplexity"))

@@ -77,12 +77,15 @@ class PairRows(Rows):
       pairs: (chosen, rejected) as indices into K, int32[B, N, 2]; -1, -1 = no such pair.
       margin: Margin demanded of a pair, float32[B, N].
       weight: Weight of a pair, float32[B, N]; 0 where there is no pair.
+      scores: What somebody else gave the two answers of a pair, float32[B, N, 2], chosen first; 0
+        where there is no pair, NaN where a pair has none. None where nobody asks for them.
     """
 
     ends: Int[Array, "B K"] = None
     pairs: Int[Array, "B N 2"] = None
     margin: Float[Array, "B N"] = None
     weight: Float[Array, "B N"] = None
+    scores: Float[Array, "B N 2"] | None = None
 
     def validate(self):
         """As `Rows.validate`, and that ends and pairs point at something real."""
@@ -110,6 +113,11 @@ class PairRows(Rows):
             raise ValueError(
                 f"PairRows.margin {self.margin.shape} and weight {self.weight.shape} must have "
                 f"the shape of pairs without its last axis, {self.pairs.shape[:2]}"
+            )
+        if self.scores is not None and self.scores.shape != self.pairs.shape:
+            raise ValueError(
+                f"PairRows.scores {self.scores.shape} must have the shape of pairs, "
+                f"{self.pairs.shape}"
             )
         if not _concrete(self.ends, self.pairs, self.weight):
             return self

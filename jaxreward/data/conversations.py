@@ -3,11 +3,10 @@
 Only the assistant's tokens are supervised, with the end token that closes each of its turns.
 """
 
-import hashlib
-import json
 import warnings
 
 from jaxreward.data import sources, templates
+from jaxreward.data.formats import Bad
 from jaxreward.data.tokenize import AnswerTooLong, Tree, chosen_template, encode_tree
 
 _FORMS = "messages, or prompt and completion"
@@ -21,7 +20,7 @@ def read(path, *, on_bad="error"):
     and end with the assistant's). `id` (str or int) is optional.
 
     Args:
-      path: File, as `sources.read_jsonl` takes it.
+      path: File, or "-" for standard input.
       on_bad: "error" stops at the first row that cannot be used, "skip" leaves such rows out,
         counts them by reason and warns once.
 
@@ -32,90 +31,47 @@ def read(path, *, on_bad="error"):
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: naming file:line, what was expected and what came; or when no row is left.
+      ValueError: naming file:line:field, what was expected and what came; or when no row is left.
     """
-    if on_bad not in ("error", "skip"):
-        raise ValueError(f'on_bad must be "error" or "skip"; received {on_bad!r}')
-    records, skipped = [], {}
-    rows = sources.read_jsonl(path, what="conversation")
-    for number, row in rows:
-        try:
-            records.append(_record(row, number))
-        except ValueError as error:
-            if on_bad == "error":
-                raise ValueError(f"{path}:{number}: {error}") from error
-            reason = str(error).partition("; received")[0]
-            skipped[reason] = skipped.get(reason, 0) + 1
-    told = "; ".join(f"{reason} ({count})" for reason, count in skipped.items())
-    if not records:
-        raise ValueError(f"{path} holds no usable conversation in {len(rows)} rows: {told}")
-    if skipped:
-        count = sum(skipped.values())
-        warnings.warn(f"{path}: skipped {count} of {len(rows)} rows: {told}", stacklevel=2)
-    return records, {"read": len(rows), "kept": len(records), "skipped": skipped}
+    return sources.read_rows(path, _record, what="conversation", on_bad=on_bad)
 
 
 def _record(row, number):
-    name = number if row.get("id") is None else row["id"]
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise ValueError(f"id must be str or int; received {name!r}")
+    name = sources.id_of(row, number)
     have = {k for k in ("messages", "prompt", "completion") if row.get(k) is not None}
     if have == {"messages"}:
-        messages = _messages(row, "messages")
+        messages = _plain(sources.text_of(row, "messages"))
+        if isinstance(messages, str):
+            raise Bad("must be a list of messages", field="messages", came=repr(messages)[:60])
         first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
         if not first:
-            raise ValueError(
-                "messages must hold something to answer and then a message of the assistant; "
-                f"received the roles {', '.join(m['role'] for m in messages)}"
+            raise Bad(
+                "must hold something to answer and then a message of the assistant",
+                field="messages",
+                came=f"the roles {', '.join(m['role'] for m in messages)}",
             )
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
         # What follows the last answer is not learnt, so it is not read either.
-        return {
-            "id": str(name),
-            "prompt": messages[:first],
-            "completion": messages[first : last + 1],
-        }
+        return {"id": name, "prompt": messages[:first], "completion": messages[first : last + 1]}
     if have != {"prompt", "completion"}:
-        raise ValueError(f"a row needs {_FORMS}; received {', '.join(sorted(row)) or 'no field'}")
-    prompt, completion = (
-        row[k] if isinstance(row[k], str) else _messages(row, k) for k in ("prompt", "completion")
-    )
-    if not isinstance(completion, str) and {completion[0]["role"], completion[-1]["role"]} != {
-        "assistant"
-    }:
-        raise ValueError("completion must begin and end with a message of the assistant")
-    return {"id": str(name), "prompt": prompt, "completion": completion}
+        raise Bad(f"a row needs {_FORMS}", came=", ".join(sorted(row)) or "no field")
+    prompt, completion = (_plain(sources.text_of(row, k)) for k in ("prompt", "completion"))
+    if not isinstance(completion, str):
+        ends = [completion[0]["role"], completion[-1]["role"]]
+        if ends != ["assistant", "assistant"]:
+            raise Bad(
+                "must begin and end with a message of the assistant",
+                field="completion",
+                came=" and ".join(ends),
+            )
+    return {"id": name, "prompt": prompt, "completion": completion}
 
 
-def _messages(row, field):
-    value = row[field]
-    if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"{field} must be a list of messages; received {type(value).__name__} {value!r:.60}"
-        )
-    for i, message in enumerate(value):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise ValueError(
-                    f"{field}[{i}] must have a str {key}; received {str(message)[:60]!r}"
-                )
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def by_prompt(records, fraction, seed):
-    """Parts records of any kind into (training, held out) by their `prompt`.
-
-    By prompt and not by record: records of one prompt share text. A prompt falls on the same side
-    whatever else is in the data.
-
-    Args:
-      records: Dicts with a `prompt`.
-      fraction: Share of the prompts to hold out, in expectation.
-      seed: Of the draw.
-    """
-    draw = lambda r: hashlib.sha256(f"{seed}:{json.dumps(r['prompt'])}".encode()).digest()
-    held = [int.from_bytes(draw(r)[:4]) / 2**32 < fraction for r in records]
-    return [r for r, h in zip(records, held) if not h], [r for r, h in zip(records, held) if h]
+def _plain(text):
+    """Messages without fields that no template is given, such as names or times."""
+    if isinstance(text, str):
+        return text
+    return [{"role": m["role"], "content": m["content"]} for m in text]
 
 
 def _turns(record):
@@ -176,17 +132,17 @@ def encode(tokenizer, records, *, template="auto", max_len=None, on_long="error"
             kind = AnswerTooLong if long else ValueError
             raise kind(f"conversation {record['id']!r}: {error}") from error
         trees.append(tree)
+    if not trees:
+        raise ValueError(
+            f"no conversation is left of {len(records)}: {skipped} were longer than max_len "
+            f"{max_len}; raise data.max_len"
+        )
     cut = [tree.truncated for tree in trees if tree.truncated]
     if cut or skipped:
         warnings.warn(
             f"max_len {max_len}: {len(cut)} of {len(trees)} conversations lost their beginning "
             f"({sum(cut)} tokens), {skipped} were skipped as too long",
             stacklevel=2,
-        )
-    if not trees:
-        raise ValueError(
-            f"no conversation is left of {len(records)}: {skipped} were longer than max_len "
-            f"{max_len}; raise data.max_len"
         )
     return trees, {
         "trees": len(trees),

@@ -104,9 +104,12 @@ def encode_pairs(
                 continue
             kind = AnswerTooLong if long else ValueError
             raise kind(f"pair {entry['id']!r}: {error}") from error
+        scores = [records[i].get("scores") for i in entry["records"]]
         trees.append(
             dataclasses.replace(
-                tree, **{key: entry[key] for key in ("pairs", "margin", "weight", "subset")}
+                tree,
+                **{key: entry[key] for key in ("pairs", "margin", "weight", "subset")},
+                scores=scores if any(scores) else [],
             )
         )
     cut = [tree.truncated for tree in trees if tree.truncated]

@@ -144,8 +144,8 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
     Returns:
       dict of tokens i32[T], mask bool[T], loss_mask bool[T], positions i32[T, 1], segments
       i32[T], trunk i32[T], ends i32[K] (-1 = none), pairs i32[N, 2] (-1 = none), margin f32[N],
-      weight f32[N], index i32[K, 2]: (tree, answer) of each answer, -1 = none; and features
-      [T, D] in their own dtype if the trees carry them.
+      weight f32[N], scores f32[N, 2] (NaN = the pair has none), index i32[K, 2]: (tree, answer) of
+      each answer, -1 = none; and features [T, D] in their own dtype if the trees carry them.
 
     Raises:
       ValueError: if the row does not fit, or only some of the trees carry features.
@@ -170,6 +170,7 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
         "pairs": np.full((N, 2), -1, np.int32),
         "margin": np.zeros(N, np.float32),
         "weight": np.zeros(N, np.float32),
+        "scores": np.zeros((N, 2), np.float32),
         "index": np.full((K, 2), -1, np.int32),
     }
     # Looked up over all trees, so that an empty row has features where the others have them.
@@ -212,11 +213,13 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
             row["ends"][answer] = slot - 1
             row["index"][answer] = i, j
             answer += 1
-        for (chosen, rejected), margin, weight in zip(
-            tree.pairs, tree.margin, tree.weight, strict=True
+        scored = tree.scores or [None] * len(tree.pairs)
+        for (chosen, rejected), margin, weight, scores in zip(
+            tree.pairs, tree.margin, tree.weight, scored, strict=True
         ):
             row["pairs"][pair] = first + chosen, first + rejected
             row["margin"][pair], row["weight"][pair] = margin, weight
+            row["scores"][pair] = math.nan if scores is None else scores
             pair += 1
     return row
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from jaxreward.data import formats
 from jaxreward.data.corpora import hh_rlhf
 
-_PAIR_FIELDS = ("id", "prompt", "chosen", "rejected", "margin", "weight", "subset")
+_SCORES = ("chosen_score", "rejected_score")
+_PAIR_FIELDS = ("id", "prompt", "chosen", "rejected", "margin", "weight", "subset", *_SCORES)
 _ANSWER_FIELDS = ("answer", "completion", "response")
 
 
@@ -50,7 +51,8 @@ def read_pairs(path, *, on_bad="error", limit=None):
     `prompt`, a str or messages. `prompt` may be missing when both answers are message lists or
     HH-RLHF dialogues; their common beginning is then the prompt. Message lists that repeat the
     given prompt lose the repetition. Optional: `margin` (number), `weight` (number >= 0),
-    `subset` (str), `id` (str or int; else the line number). Null counts as missing.
+    `chosen_score` and `rejected_score` (numbers, both or neither), `subset` (str), `id` (str or
+    int; else the line number). Null counts as missing.
 
     Args:
       path: File, or "-" for standard input.
@@ -59,17 +61,15 @@ def read_pairs(path, *, on_bad="error", limit=None):
       limit: Read at most this many good pairs; None reads all.
 
     Returns:
-      (records, report). Records are dict(id, prompt, chosen, rejected) with margin, weight and
-      subset where given and all other fields under "extra". The report is dict(read=int,
-      kept=int, skipped={reason: int}).
+      (records, report). Records are dict(id, prompt, chosen, rejected) with margin, weight, subset
+      and scores = (chosen, rejected) where given, and all other fields under "extra". The report
+      is dict(read=int, kept=int, skipped={reason: int}).
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field, what was expected and what came; or when no pair is left.
     """
-    if on_bad not in ("error", "skip"):
-        raise ValueError(f'on_bad must be "error" or "skip"; received {on_bad!r}')
-    return _read(path, _pair, what="pair", on_bad=on_bad, limit=limit)
+    return read_rows(path, _pair, what="pair", on_bad=on_bad, limit=limit)
 
 
 def read_prompts(path, *, limit=None):
@@ -86,7 +86,7 @@ def read_prompts(path, *, limit=None):
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field.
     """
-    return _read(path, _prompt, what="prompt", limit=limit)[0]
+    return read_rows(path, _prompt, what="prompt", limit=limit)[0]
 
 
 def read_answers(path, *, limit=None):
@@ -108,7 +108,7 @@ def read_answers(path, *, limit=None):
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field.
     """
-    return _read(path, _answer, what="answer", limit=limit)[0]
+    return read_rows(path, _answer, what="answer", limit=limit)[0]
 
 
 def write_jsonl(path, records):
@@ -172,7 +172,39 @@ def data_hash(path):
     return digest.hexdigest()
 
 
-def _read(path, parse, *, what, on_bad="error", limit=None):
+def by_prompt(records, fraction, seed):
+    """Parts records of any kind into (training, held out) by their `prompt`.
+
+    By prompt and not by record: records of one prompt share text. A prompt falls on the same side
+    whatever else is in the data.
+
+    Args:
+      records: Dicts with a `prompt`.
+      fraction: Share of the prompts to hold out, in expectation.
+      seed: Of the draw.
+    """
+    draw = lambda r: hashlib.sha256(f"{seed}:{json.dumps(r['prompt'])}".encode()).digest()
+    held = [int.from_bytes(draw(r)[:4]) / 2**32 < fraction for r in records]
+    return [r for r, h in zip(records, held) if not h], [r for r, h in zip(records, held) if h]
+
+
+def read_rows(path, parse, *, what, on_bad="error", limit=None):
+    """Reads the rows of a file into records.
+
+    Args:
+      path: File, or "-" for standard input.
+      parse: (row, number) -> record; raises `formats.Bad`.
+      what: What a record is, for messages.
+      on_bad, limit: As `read_pairs`.
+
+    Returns:
+      (records, report) as `read_pairs`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_pairs`.
+    """
+    if on_bad not in ("error", "skip"):
+        raise ValueError(f'on_bad must be "error" or "skip"; received {on_bad!r}')
     records, read, skipped = [], 0, {}
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None; received {limit}")
@@ -202,21 +234,27 @@ def _read(path, parse, *, what, on_bad="error", limit=None):
 
 
 def _pair(row, number):
-    chosen, rejected = (_text(row, name) for name in ("chosen", "rejected"))
+    chosen, rejected = (text_of(row, name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise formats.Bad(
             "chosen and rejected must both be str or both be messages",
             field="rejected",
             came=f"{type(chosen).__name__} and {type(rejected).__name__}",
         )
-    prompt = None if row.get("prompt") is None else _text(row, "prompt")
+    prompt = None if row.get("prompt") is None else text_of(row, "prompt")
     prompt, (chosen, rejected) = _parted(prompt, [chosen, rejected], ["chosen", "rejected"])
     if chosen == rejected:
         raise formats.Bad("identical answers", field="rejected")
-    record = {"id": _id(row, number), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    record = {"id": id_of(row, number), "prompt": prompt, "chosen": chosen, "rejected": rejected}
     for field in ("margin", "weight"):
         if row.get(field) is not None:
             record[field] = formats.number(row[field], field)
+    scored = [name for name in _SCORES if row.get(name) is not None]
+    if len(scored) == 1:
+        (missing,) = {*_SCORES} - {*scored}
+        raise formats.Bad(f"missing; {scored[0]} is there, and a pair has both", field=missing)
+    if scored:
+        record["scores"] = tuple(formats.number(row[name], name) for name in _SCORES)
     if row.get("subset") is not None:
         if not isinstance(row["subset"], str):
             raise formats.Bad("must be str", field="subset", came=formats.show(row["subset"]))
@@ -225,7 +263,7 @@ def _pair(row, number):
 
 
 def _prompt(row, number):
-    record = {"id": _id(row, number), "prompt": _text(row, "prompt")}
+    record = {"id": id_of(row, number), "prompt": text_of(row, "prompt")}
     return _with_extra(record, row, ("id", "prompt"))
 
 
@@ -236,8 +274,8 @@ def _answer(row, number):
         names, prompt = ["chosen", "rejected"], pair["prompt"]
         answers = [pair["chosen"], pair["rejected"]]
     elif len(names) == 1:
-        prompt = None if row.get("prompt") is None else _text(row, "prompt")
-        prompt, answers = _parted(prompt, [_text(row, names[0])], names)
+        prompt = None if row.get("prompt") is None else text_of(row, "prompt")
+        prompt, answers = _parted(prompt, [text_of(row, names[0])], names)
     else:
         raise formats.Bad(
             f"needs exactly one of {', '.join(_ANSWER_FIELDS)}, or chosen and rejected",
@@ -245,7 +283,7 @@ def _answer(row, number):
             came=", ".join(names) or f"the fields {', '.join(map(repr, row)) or '(none)'}",
         )
     return {
-        "id": _id(row, number),
+        "id": id_of(row, number),
         "prompt": prompt,
         "answers": answers,
         "names": names,
@@ -306,7 +344,8 @@ def _with_extra(record, row, fields):
     return {**record, "extra": extra} if extra else record
 
 
-def _id(row, number):
+def id_of(row, number):
+    """The row's `id` as str, or its number. Raises `formats.Bad`."""
     value = row.get("id")
     if value is None:
         return str(number)
@@ -315,8 +354,8 @@ def _id(row, number):
     return str(value)
 
 
-def _text(row, field):
-    """The str or message list in a field."""
+def text_of(row, field):
+    """The str or message list in a field. Raises `formats.Bad`."""
     if row.get(field) is None:
         near = difflib.get_close_matches(field, row, n=1)
         hint = f" (did you mean the field {near[0]!r}?)" if near and near[0] != field else ""

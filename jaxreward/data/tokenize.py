@@ -227,6 +227,8 @@ class Tree:
       pairs: (chosen, rejected) as indices into answers.
       margin: Margin of each pair, list of float.
       weight: Weight of each pair, list of float.
+      scores: (chosen, rejected) score of each pair from elsewhere, or None where it has none; an
+        empty list where no pair has any.
       subset: Part of the data it belongs to, or None.
       features: Inputs of the first trained layer, [float[Tp, D], float[T0, D], …], or None.
       truncated: Prompt tokens dropped, over all answers.
@@ -239,6 +241,7 @@ class Tree:
     pairs: list = dataclasses.field(default_factory=list)
     margin: list = dataclasses.field(default_factory=list)
     weight: list = dataclasses.field(default_factory=list)
+    scores: list = dataclasses.field(default_factory=list)
     subset: str | None = None
     features: list | None = None
     truncated: int = 0

@@ -29,6 +29,7 @@ FIELDS = (
     "pairs",
     "margin",
     "weight",
+    "scores",
 )
 
 

@@ -93,7 +93,8 @@ def _from_workdir(workdir: Path, where):
             like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
             )
-        params = checkpoints.params(like, ema=config.train.ema > 0)
+        # Absent in runs of older versions.
+        params = checkpoints.params(like, ema=config.train.get("ema", 0) > 0)
     return plan, params, frozen, folder, meta["template"], meta["max_len"]
 
 

@@ -11,6 +11,7 @@ divided by a weight counted on the whole batch.
 import dataclasses
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import time
@@ -26,35 +27,79 @@ from jaxreward.core import metrics as m
 from jaxreward.core import trees as tr
 from jaxreward.core.resolve import resolve
 from jaxreward.core.types import PairRows
-from jaxreward.data import conversations, pipeline, sources, tokenize
 from jaxreward.data import pairs as pair_data
+from jaxreward.data import sources, tokenize
 from jaxreward.evals import scorer
 from jaxreward.hub import export, load
 from jaxreward.models import trainable
-from jaxreward.parallel import hosts, mesh, rules
-from jaxreward.train import optim, session, writers
+from jaxreward.parallel import hosts, rules
+from jaxreward.train import session, writers
 
 log = logging.getLogger(__name__)
 PyTree = Any
+
+
+# Keywords of losses that a config fills with words, and what the words stand for.
+_FILLED = {
+    "margin": {
+        "data": lambda rows: rows.margin,
+        "scores": lambda rows: rows.scores[..., 0] - rows.scores[..., 1],
+    },
+    "probability": {
+        "scores": lambda rows: jax.nn.sigmoid(rows.scores[..., 0] - rows.scores[..., 1]),
+    },
+    "chosen_score": {"data": lambda rows: rows.scores[..., 0]},
+    "rejected_score": {"data": lambda rows: rows.scores[..., 1]},
+}
+
+
+def _entry(name, entry):
+    """(function with its constants, {keyword: word}) of one entry of `config.losses`."""
+    kw = {k: v for k, v in dict(entry).items() if k not in ("fn", "coef")}
+    words = {}
+    for key in _FILLED.keys() & kw.keys():
+        value = kw.pop(key)
+        if value in (None, "", "none"):
+            continue
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            kw[key] = float(value)
+        elif value in _FILLED[key]:
+            words[key] = value
+        else:
+            known = ", ".join(map(repr, _FILLED[key]))
+            raise ValueError(
+                f"losses.{name}.{key} must be {known}, 'none' or a number; received {value!r}"
+            )
+    # The keywords are checked here, and filled from the batch later.
+    fn = resolve("objectives", entry["fn"], **kw, **dict.fromkeys(words))
+    for key, parameter in inspect.signature(fn.func).parameters.items():
+        if key in fn.keywords or parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        if key in ("chosen_score", "rejected_score"):
+            words[key] = "data"  # there is nothing else that they could be
+        elif parameter.default is parameter.empty:
+            known = f" ({', '.join(map(repr, _FILLED[key]))})" if key in _FILLED else ""
+            raise ValueError(f"losses.{name} needs {key}{known}: {entry['fn']} has no default")
+    return fn, words
 
 
 def make_loss(plan: trainable.Plan, losses, where: rules.Rules | None = None):
     """(loss, weights, coef) for `make_train_step`, from `config.losses`.
 
     Every entry has `fn` (a function of chosen and rejected rewards, resolved in `objectives`),
-    `coef`, and further keywords of the function; `margin="data"` passes the batch's margins.
+    `coef`, and further keywords of the function. Some of them may be words instead of numbers:
+
+        margin="data"          the pairs' own margins
+        margin="scores"        chosen_score - rejected_score of the data
+        probability="scores"   sigmoid(chosen_score - rejected_score)
+        chosen_score="data", rejected_score="data"    also where a function asks for them unsaid
+        "none"                 the function's default
+
+    Raises:
+      ValueError, KeyError: naming the entry and the keyword that does not fit.
     """
-    fns, coef, margins = {}, {}, set()
-    for name, entry in losses.items():
-        kw = {k: v for k, v in dict(entry).items() if k not in ("fn", "coef", "margin")}
-        fns[name] = resolve("objectives", entry["fn"], **kw)
-        coef[name] = float(entry["coef"])
-        if entry.get("margin") not in (None, "", "none", "data"):
-            raise ValueError(
-                f"losses.{name}.margin must be 'data' or 'none'; received {entry['margin']!r}"
-            )
-        if entry.get("margin") == "data":
-            margins.add(name)
+    entries = {name: _entry(name, entry) for name, entry in losses.items()}
+    coef = {name: float(entry["coef"]) for name, entry in losses.items()}
 
     def loss(params, frozen, rows: PairRows, keys, extra):
         del keys
@@ -62,63 +107,69 @@ def make_loss(plan: trainable.Plan, losses, where: rules.Rules | None = None):
         pick = jnp.maximum(rows.pairs, 0)
         chosen = jnp.take_along_axis(scores, pick[..., 0], axis=1)
         rejected = jnp.take_along_axis(scores, pick[..., 1], axis=1)
+        live = rows.weight != 0
+        if rows.scores is not None:
+            # A NaN of a pair that does not count would come back through the gradient.
+            rows = rows.replace(scores=jnp.where(live[..., None], rows.scores, 0.0))
         totals = {}
-        for name, fn in fns.items():
-            kw = {"margin": rows.margin} if name in margins else {}
-            totals[name] = jnp.sum(
-                jnp.where(rows.weight != 0, fn(chosen, rejected, **kw) * rows.weight, 0.0)
-            )
+        for name, (fn, words) in entries.items():
+            filled = {key: _FILLED[key][word](rows) for key, word in words.items()}
+            each = fn(chosen, rejected, **filled)
+            totals[name] = jnp.sum(jnp.where(live, each * rows.weight, 0.0))
         gap = chosen - rejected
-        live = rows.ends >= 0
         return (
             totals,
             {
                 "accuracy": m.Mean.of(0.5 * (1 + jnp.sign(gap)), rows.weight),
                 "margin": m.Mean.of(gap, rows.weight),
-                "reward": m.Mean.of(scores, live),
+                "reward": m.Mean.of(scores, rows.ends >= 0),
             },
             extra,
         )
 
     def weights(rows: PairRows):
-        total = jnp.sum(rows.weight)
-        return dict.fromkeys(fns, total)
+        return dict.fromkeys(entries, jnp.sum(rows.weight))
 
     return loss, weights, coef
 
 
-def _records(config, part: str) -> tuple[list[dict], dict]:
-    if config.data.path == "synthetic":
-        count = 64 if part == "path" else 16
-        made = testing.synthetic_pairs(count, seed=config.seed + (part != "path"))
-        return made, {"path": "synthetic"}
-    if config.data.source != "jsonl":
-        raise ValueError(f"data.source={config.data.source!r} is unknown; use jsonl")
-    path = config.data[part]
-    if not path:
-        raise ValueError(f"data.{part} is empty; pass --config.data.{part}=FILE.jsonl")
-    records, report = sources.read_pairs(path, on_bad=config.data.on_bad)
-    return records, {"path": str(path), "sha256": sources.data_hash(path), **report}
+def check_needs(losses, trees: list[tokenize.Tree]) -> None:
+    """Makes sure that the pairs carry what `config.losses` takes from the data.
+
+    A pair without a margin has margin 0, so only data without any margin are refused.
+
+    Raises:
+      ValueError: naming the loss, the field, and a prompt whose pair lacks it.
+    """
+    for name, entry in losses.items():
+        for key, word in _entry(name, entry)[1].items():
+            if (key, word) == ("margin", "data"):
+                if not any(margin for tree in trees for margin in tree.margin):
+                    raise ValueError(
+                        f"losses.{name}.margin is 'data', and no pair of the data has a margin; "
+                        "give the rows a `margin`, or set it to 'none'"
+                    )
+                continue
+            for tree in trees:
+                scored = tree.scores or [None] * len(tree.pairs)
+                lacks = [w != 0 and s is None for w, s in zip(tree.weight, scored, strict=True)]
+                if any(lacks):
+                    raise ValueError(
+                        f"losses.{name}.{key} is {word!r}, which takes `chosen_score` and "
+                        f"`rejected_score` of every row; a pair of {tree.id!r} has none"
+                    )
 
 
 def load_data(config, tokenizer) -> tuple[list, list, dict]:
-    """(training trees, held-out trees, facts). Held out by prompt when there is no `eval_path`."""
-    records, facts = _records(config, "path")
-    if config.data.path == "synthetic" or config.data.eval_path:
-        heldout, eval_facts = _records(config, "eval_path")
-    else:
-        records, heldout = conversations.by_prompt(records, config.data.eval_fraction, config.seed)
-        eval_facts = {"held out of path": len(heldout)}
-    if not records:
-        raise ValueError("no training pair is left; lower data.eval_fraction or give more data")
-    kw = dict(
-        template=config.data.template,
-        max_len=config.data.max_len,
-        on_long="error" if config.data.on_bad == "error" else "skip",
+    """(training trees, held-out trees, facts), as `session.load_data`."""
+    return session.load_data(
+        config,
+        tokenizer,
+        read=sources.read_pairs,
+        made=lambda count, seed: testing.synthetic_pairs(count, seed=seed),
+        encode=pair_data.encode_pairs,
+        what="training pair",
     )
-    train, counts = pair_data.encode_pairs(tokenizer, records, **kw)
-    held, held_counts = pair_data.encode_pairs(tokenizer, heldout, **kw) if heldout else ([], {})
-    return train, held, {"data": {**facts, **counts}, "eval_data": {**eval_facts, **held_counts}}
 
 
 def _cached(plan, frozen, train, held, source_hash, config, workdir, where):
@@ -185,6 +236,7 @@ def build(config, workdir: str | Path) -> session.Built:
     tokenizer = tokenize.load_tokenizer(folder)
     where = rules.on_mesh(dict(config.mesh))
     train, held, facts = load_data(config, tokenizer)
+    check_needs(config.losses, train)
     cfg, weights, score = load.load(folder, rules=where)
     cfg = dataclasses.replace(cfg, compute=config.train.compute, remat=config.train.remat)
     plan = trainable.make_plan(cfg, model, head="scalar")
@@ -199,65 +251,24 @@ def build(config, workdir: str | Path) -> session.Built:
         train, held = _cached(plan, frozen, train, held, source_hash, config, workdir, where)
         # Their output is what the step needs; the weights below the cut would only take memory.
         frozen = {"policy": {k: v for k, v in frozen["policy"].items() if k != "lower"}}
-    length = config.data.row_len or scorer.row_len(train)
-    rng_order = np.random.default_rng(config.seed).permutation(len(train))
-    packed = pipeline.pack(train, row_len=length, order=rng_order)
-    batches = pipeline.batches(
-        train,
-        row_len=length,
-        batch=config.data.batch,
-        seed=config.seed,
-        take=hosts.rows(where, config.data.batch),
-        plan=packed,
-    )
-    epoch = pipeline.steps_per_epoch(len(packed), batch=config.data.batch)
-    steps = config.train.steps or epoch * config.train.epochs
-    losses = make_loss(plan, config.losses, where)
-    described = trainable.param_specs(plan)
-    start, train_step = session.prepare(config, params, described, losses, steps, key, where)
-    ema = config.train.ema
-    predict = scorer.make_predict(plan, rules=where, batch=config.data.eval_batch)
-    evals = {}
-    for name, entry in config.evals.items():
-        kw = {k: v for k, v in dict(entry).items() if k != "fn"}
-        evals[name] = resolve("evals", entry["fn"], **kw)
-
-    def evaluate(at):
-        if not held:
-            return {}
-        scored = functools.partial(predict, at.extra["ema"] if ema else at.params, frozen)
-        return {f"{name}/{k}": v for name, fn in evals.items() for k, v in fn(scored, held)}
-
-    slots = pipeline.efficiency(train, packed, row_len=length)
-    facts |= {
-        "rows": {"count": len(packed), "length": length, "efficiency": round(slots, 4)},
-        "steps": {"per epoch": epoch, "total": steps},
-        "parameters": counts,
-        "mesh": mesh.describe(where.mesh) if where else "one device",
-    }
-    meta = {
-        "init": str(folder.resolve()),
-        "init_sha256": source_hash,
-        "template": tokenize.chosen_template(tokenizer, config.data.template),
-        "max_len": config.data.max_len,
-    }
-    return session.Built(
+    return session.assemble(
+        config,
         plan=plan,
-        rules=where,
+        params=params,
+        frozen=frozen,
+        counts=counts,
+        train=train,
+        held=held,
+        facts=facts,
+        length=config.data.row_len or scorer.row_len(train),
+        losses=lambda packed: make_loss(plan, config.losses, where),
+        predict=scorer.make_predict(plan, rules=where, batch=config.data.eval_batch),
+        to_device=functools.partial(scorer.pair_rows, rules=where),
         tokenizer=tokenizer,
         folder=folder,
-        state=start,
-        frozen=frozen,
-        step=train_step,
-        batches=batches,
-        to_device=functools.partial(scorer.pair_rows, rules=where),
-        train=train,
-        heldout=held,
-        steps=steps,
-        evaluate=evaluate,
-        schedule=optim.schedule(config.optim, steps),
-        meta=meta,
-        facts=facts,
+        source_hash=source_hash,
+        key=key,
+        where=where,
     )
 
 

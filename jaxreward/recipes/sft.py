@@ -14,20 +14,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxreward import presets, testing
 from jaxreward.core import metrics as m
 from jaxreward.core import trees as tr
 from jaxreward.core.resolve import resolve
 from jaxreward.core.types import Rows
-from jaxreward.data import conversations, pipeline, sources, tokenize
+from jaxreward.data import conversations, tokenize
 from jaxreward.evals import likelihood, scorer
 from jaxreward.hub import export, load
 from jaxreward.models import trainable
 from jaxreward.objectives import supervised
-from jaxreward.parallel import hosts, mesh, rules
-from jaxreward.train import optim, session
+from jaxreward.parallel import hosts, rules
+from jaxreward.train import session
 
 
 def make_loss(
@@ -78,43 +77,28 @@ def make_loss(
     return loss, weights, coef
 
 
-def _records(config, part: str) -> tuple[list[dict], dict]:
-    if config.data.path == "synthetic":
-        count = 64 if part == "path" else 16
-        pairs = testing.synthetic_pairs(count, seed=config.seed + (part != "path"))
-        made = [{**{k: p[k] for k in ("id", "prompt")}, "completion": p["chosen"]} for p in pairs]
-        return made, {"path": "synthetic"}
-    if config.data.source != "jsonl":
-        raise ValueError(f"data.source={config.data.source!r} is unknown; use jsonl")
-    path = config.data[part]
-    if not path:
-        raise ValueError(f"data.{part} is empty; pass --config.data.{part}=FILE.jsonl")
-    records, report = conversations.read(path, on_bad=config.data.on_bad)
-    return records, {"path": str(path), "sha256": sources.data_hash(path), **report}
+def _made(count, seed):
+    return [
+        {"id": pair["id"], "prompt": pair["prompt"], "completion": pair["chosen"]}
+        for pair in testing.synthetic_pairs(count, seed=seed)
+    ]
 
 
 def load_data(config, tokenizer) -> tuple[list, list, dict]:
-    """(training trees, held-out trees, facts). Held out by prompt when there is no `eval_path`."""
-    records, facts = _records(config, "path")
-    if config.data.path == "synthetic" or config.data.eval_path:
-        heldout, eval_facts = _records(config, "eval_path")
-    else:
-        records, heldout = conversations.by_prompt(records, config.data.eval_fraction, config.seed)
-        eval_facts = {"held out of path": len(heldout)}
-    if not records:
-        raise ValueError("no conversation is left; lower data.eval_fraction or give more data")
-    kw = dict(
-        template=config.data.template,
-        max_len=config.data.max_len,
-        on_long="error" if config.data.on_bad == "error" else "skip",
+    """(training trees, held-out trees, facts), as `session.load_data`."""
+    train, held, facts = session.load_data(
+        config,
+        tokenizer,
+        read=conversations.read,
+        made=_made,
+        encode=conversations.encode,
+        what="conversation",
     )
-    train, counts = conversations.encode(tokenizer, records, **kw)
-    held, held_counts = conversations.encode(tokenizer, heldout, **kw) if heldout else ([], {})
-    if not counts["tokens"]:
+    if not facts["data"]["tokens"]:
         raise ValueError(
             f"data.path={config.data.path!r} holds no token to learn; see data.template"
         )
-    return train, held, {"data": {**facts, **counts}, "eval_data": {**eval_facts, **held_counts}}
+    return train, held, facts
 
 
 def _most_supervised(trees, packed) -> int:
@@ -144,67 +128,30 @@ def build(config, workdir: str | Path) -> session.Built:
     key = jax.random.key(config.seed)
     params, frozen = trainable.init(plan, weights, jax.random.fold_in(key, 1), rules=where)
     del weights
-    counts = {"trained": tr.count(params), "frozen": tr.count(frozen)}
     length = config.data.row_len or scorer.row_len(train)
-    order = np.random.default_rng(config.seed).permutation(len(train))
-    packed = pipeline.pack(train, row_len=length, order=order)
-    batches = pipeline.batches(
-        train,
-        row_len=length,
-        batch=config.data.batch,
-        seed=config.seed,
-        take=hosts.rows(where, config.data.batch),
-        plan=packed,
-    )
-    epoch = pipeline.steps_per_epoch(len(packed), batch=config.data.batch)
-    steps = config.train.steps or epoch * config.train.epochs
-    size = min(length, _most_supervised(train, packed))
-    losses = make_loss(plan, config.losses, where, size=size)
-    described = trainable.param_specs(plan)
-    start, train_step = session.prepare(config, params, described, losses, steps, key, where)
-    predict = likelihood.make_predict(plan, rules=where, batch=config.data.eval_batch)
-    evals = {}
-    for name, entry in config.evals.items():
-        kw = {k: v for k, v in dict(entry).items() if k != "fn"}
-        evals[name] = resolve("evals", entry["fn"], **kw)
 
-    def evaluate(at):
-        if not held:
-            return {}
-        now = at.extra["ema"] if config.train.ema else at.params
-        measured = functools.partial(predict, now, frozen)
-        return {f"{name}/{k}": v for name, fn in evals.items() for k, v in fn(measured, held)}
+    def losses(packed):
+        size = min(length, _most_supervised(train, packed))
+        return make_loss(plan, config.losses, where, size=size)
 
-    slots = pipeline.efficiency(train, packed, row_len=length)
-    facts |= {
-        "rows": {"count": len(packed), "length": length, "efficiency": round(slots, 4)},
-        "steps": {"per epoch": epoch, "total": steps},
-        "parameters": counts,
-        "mesh": mesh.describe(where.mesh) if where else "one device",
-    }
-    meta = {
-        "init": str(folder.resolve()),
-        "init_sha256": source_hash,
-        "template": tokenize.chosen_template(tokenizer, config.data.template),
-        "max_len": config.data.max_len,
-    }
-    return session.Built(
+    return session.assemble(
+        config,
         plan=plan,
-        rules=where,
+        params=params,
+        frozen=frozen,
+        counts={"trained": tr.count(params), "frozen": tr.count(frozen)},
+        train=train,
+        held=held,
+        facts=facts,
+        length=length,
+        losses=losses,
+        predict=likelihood.make_predict(plan, rules=where, batch=config.data.eval_batch),
+        to_device=functools.partial(scorer.pair_rows, rules=where),
         tokenizer=tokenizer,
         folder=folder,
-        state=start,
-        frozen=frozen,
-        step=train_step,
-        batches=batches,
-        to_device=functools.partial(scorer.pair_rows, rules=where),
-        train=train,
-        heldout=held,
-        steps=steps,
-        evaluate=evaluate,
-        schedule=optim.schedule(config.optim, steps),
-        meta=meta,
-        facts=facts,
+        source_hash=source_hash,
+        key=key,
+        where=where,
     )
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxreward import __version__
-from jaxreward.data import tokenize
+from jaxreward.core.resolve import resolve
+from jaxreward.data import pipeline, sources, tokenize
 from jaxreward.models import trainable
-from jaxreward.parallel import hosts, rules
+from jaxreward.parallel import hosts, mesh, rules
 from jaxreward.train import checkpoint, compile_cache, loop, optim, state, step, writers
 
 PyTree = Any
@@ -56,32 +58,58 @@ class Built:
     facts: dict
 
 
-def prepare(
+def assemble(
     config,
+    *,
+    plan: trainable.Plan,
     params: PyTree,
-    described: PyTree,
-    losses: tuple,
-    steps: int,
+    frozen: PyTree,
+    counts: dict,
+    train: list,
+    held: list,
+    facts: dict,
+    length: int,
+    losses: Callable,
+    predict: Callable,
+    to_device: Callable,
+    tokenizer: tokenize.Tokenizer,
+    folder: Path,
+    source_hash: str,
     key: jax.Array,
     where: rules.Rules | None,
-) -> tuple[Any, Callable]:
-    """(state at step 0, jitted step) of a run.
+) -> Built:
+    """What every recipe does once it has a model and trees: rows, batches, state, step, evaluation.
 
     Args:
-      config: Its sections `optim` and `train` are read.
-      params: What is trained. described: Their spec tree.
-      losses: (loss, weights, coef) as `make_train_step` takes them.
-      steps: Length of the run, for the schedule.
-      key: Of the run.
-      where: Mesh and layouts, or None.
+      config: Its sections `data`, `optim`, `train`, `evals` and the seed are read.
+      plan, params, frozen: The model. counts: Of its parameters, for the facts.
+      train, held, facts: From `load_data`.
+      length: Slots of a row.
+      losses: Packing plan -> (loss, weights, coef), as `make_train_step` takes them.
+      predict: (params, frozen, trees) -> what the evaluators of `config.evals` read.
+      to_device: A batch of NumPy arrays -> the step's.
+      tokenizer, folder, source_hash: Of the initial model.
+      key: Of the run. where: Mesh and layouts, or None.
     """
+    order = np.random.default_rng(config.seed).permutation(len(train))
+    packed = pipeline.pack(train, row_len=length, order=order)
+    batches = pipeline.batches(
+        train,
+        row_len=length,
+        batch=config.data.batch,
+        seed=config.seed,
+        take=hosts.rows(where, config.data.batch),
+        plan=packed,
+    )
+    epoch = pipeline.steps_per_epoch(len(packed), batch=config.data.batch)
+    steps = config.train.steps or epoch * config.train.epochs
     tx = optim.make(config.optim, steps)
     ema = config.train.ema
-    placed = state.shardings(described, tx, where, ema=ema > 0) if where else None
+    placed = state.shardings(trainable.param_specs(plan), tx, where, ema=ema > 0) if where else None
     start = state.create(params, tx, key, ema=ema > 0)
     start = state.place(start, placed) if placed else start
     train_step = step.make_train_step(
-        *losses,
+        *losses(packed),
         tx,
         rules=where,
         shardings=placed,
@@ -91,7 +119,94 @@ def prepare(
         trained=optim.trained(config.optim, params),
         ema=ema,
     )
-    return start, train_step
+    evals = {}
+    for name, entry in config.evals.items():
+        kw = {k: v for k, v in dict(entry).items() if k != "fn"}
+        evals[name] = resolve("evals", entry["fn"], **kw)
+
+    def evaluate(at):
+        if not held:
+            return {}
+        measured = functools.partial(predict, at.extra["ema"] if ema else at.params, frozen)
+        return {f"{name}/{k}": v for name, fn in evals.items() for k, v in fn(measured, held)}
+
+    slots = pipeline.efficiency(train, packed, row_len=length)
+    return Built(
+        plan=plan,
+        rules=where,
+        tokenizer=tokenizer,
+        folder=folder,
+        state=start,
+        frozen=frozen,
+        step=train_step,
+        batches=batches,
+        to_device=to_device,
+        train=train,
+        heldout=held,
+        steps=steps,
+        evaluate=evaluate,
+        schedule=optim.schedule(config.optim, steps),
+        meta={
+            "init": str(folder.resolve()),
+            "init_sha256": source_hash,
+            "template": tokenize.chosen_template(tokenizer, config.data.template),
+            "max_len": config.data.max_len,
+        },
+        facts=facts
+        | {
+            "rows": {"count": len(packed), "length": length, "efficiency": round(slots, 4)},
+            "steps": {"per epoch": epoch, "total": steps},
+            "parameters": counts,
+            "mesh": mesh.describe(where.mesh) if where else "one device",
+        },
+    )
+
+
+def load_data(
+    config, tokenizer, *, read: Callable, made: Callable, encode: Callable, what: str
+) -> tuple[list, list, dict]:
+    """(training trees, held-out trees, facts). Held out by prompt when there is no `eval_path`.
+
+    Args:
+      config: Its section `data` and its seed are read.
+      tokenizer: Of the model.
+      read: (path, on_bad=...) -> (records, report). encode: (tokenizer, records, ...) -> (trees,
+        report), as `data.pairs.encode_pairs`.
+      made: (count, seed) -> records, for data.path="synthetic".
+      what: What a record is, for messages.
+
+    Raises:
+      ValueError, FileNotFoundError: what in the config or the data does not fit.
+    """
+
+    def records_of(part):
+        if config.data.path == "synthetic":
+            count = 64 if part == "path" else 16
+            return made(count, config.seed + (part != "path")), {"path": "synthetic"}
+        if config.data.source != "jsonl":
+            raise ValueError(f"data.source={config.data.source!r} is unknown; use jsonl")
+        path = config.data[part]
+        if not path:
+            raise ValueError(f"data.{part} is empty; pass --config.data.{part}=FILE.jsonl")
+        records, report = read(path, on_bad=config.data.on_bad)
+        return records, {"path": str(path), "sha256": sources.data_hash(path), **report}
+
+    records, facts = records_of("path")
+    if config.data.path == "synthetic" or config.data.eval_path:
+        heldout, eval_facts = records_of("eval_path")
+    else:
+        records, heldout = sources.by_prompt(records, config.data.eval_fraction, config.seed)
+        eval_facts = {"held out of path": len(heldout)}
+    if not records:
+        raise ValueError(f"no {what} is left; lower data.eval_fraction or give more data")
+    kw = dict(
+        template=config.data.template,
+        max_len=config.data.max_len,
+        on_long="error" if config.data.on_bad == "error" else "skip",
+    )
+    train, counts = encode(tokenizer, records, **kw)
+    held, held_counts = encode(tokenizer, heldout, **kw) if heldout else ([], {})
+    return train, held, {"data": {**facts, **counts}, "eval_data": {**eval_facts, **held_counts}}
 
 
 def environment() -> dict:

@@ -77,3 +77,16 @@ def test_results_are_plain_floats():
     assert set(got) == {"mean", "max", "last"}
     assert all(type(value) is float for value in got.values())
     assert m.results({}) == {}
+
+
+def test_a_perplexity_is_of_the_mean_and_not_the_mean_of_perplexities():
+    """Catches exponentials that are averaged, on one device, over microbatches and over steps."""
+    a = m.Perplexity.of(jnp.array([0.0]), jnp.ones(1))
+    b = m.Perplexity.of(jnp.array([1.0, 2.0, np.nan]), jnp.array([1.0, 1.0, 0.0]))
+    both = m.add({"x": a}, {"x": b})
+    assert m.results(both)["x"] == pytest.approx(math.e)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), a, b)
+    assert m.over_axis({"x": stacked})["x"].result() == pytest.approx(math.e)
+    none = m.only_if(jnp.array(False), {"x": b})["x"]
+    assert math.isnan(none.result()) and isinstance(none, m.Perplexity)
+    assert m.Perplexity.of(jnp.array([1e4]), jnp.ones(1)).result() == math.inf

@@ -178,3 +178,15 @@ def test_nothing_left_is_an_error(tokenizer):
             pairs.encode_pairs(tokenizer, LONG[1:2], template="plain", max_len=8, on_long="skip")
     with pytest.raises(ValueError, match='must be "error" or "skip"; received \'drop\''):
         pairs.encode_pairs(tokenizer, LONG, on_long="drop")
+
+
+def test_scores_stay_with_their_pairs(tokenizer):
+    """Catches scores that are lost or change pairs where prompts are shared."""
+    records = [
+        record("a", "P", "x", "y", scores=(3.0, 1.0)),
+        record("b", "Q", "x", "y"),
+        record("c", "P", "z", "x", scores=(9.0, 3.0)),
+        record("d", "P", "z", "y"),
+    ]
+    (first, second), _ = pairs.encode_pairs(tokenizer, records)
+    assert first.scores == [(3.0, 1.0), (9.0, 3.0), None] and second.scores == []

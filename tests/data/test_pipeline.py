@@ -65,7 +65,7 @@ def test_two_trees_by_hand():
     np.testing.assert_array_equal(row["positions"], np.asarray(positions)[:, None])
     kinds = {name: value.dtype for name, value in row.items()}
     assert {kinds.pop(name) for name in ("mask", "loss_mask")} == {np.dtype(bool)}
-    assert {kinds.pop(name) for name in ("margin", "weight")} == {np.dtype(np.float32)}
+    assert {kinds.pop(n) for n in ("margin", "weight", "scores")} == {np.dtype(np.float32)}
     assert set(kinds.values()) == {np.dtype(np.int32)}
 
 
@@ -292,3 +292,13 @@ def test_rows_pass_the_batch_type_check():
     for batch in pipeline.batches(many(7), epochs=1, **OPTIONS):
         batch.pop("index")
         PairRows(**batch).validate()
+
+
+def test_scores_follow_their_pairs():
+    """Catches scores of another tree's pairs, and a missing score that reads as 0."""
+    import dataclasses
+
+    one, two = (tree(name, 1, [1, 1]) for name in "ab")
+    two = dataclasses.replace(two, scores=[(4.0, 2.5)])
+    row = pipeline.materialise([one, two], [0, 1], row_len=8, answers_per_row=4, pairs_per_row=3)
+    np.testing.assert_array_equal(row["scores"], [[np.nan, np.nan], [4.0, 2.5], [0, 0]])

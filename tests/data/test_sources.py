@@ -324,3 +324,26 @@ def test_garbage_raises_value_error_only(tmp_path, read, lines):
         read(path)
     except ValueError as error:
         assert "garbage.jsonl" in str(error)
+
+
+def test_scores_of_a_pair(tmp_path):
+    """Catches scores that stay among the unknown fields, change sides, or come for one answer."""
+    given = {**GOOD, "chosen_score": 8, "rejected_score": 2.5}
+    (record,), _ = sources.read_pairs(write(tmp_path, given))
+    assert record["scores"] == (8.0, 2.5) and "extra" not in record
+    (record,), _ = sources.read_pairs(write(tmp_path, {**GOOD, "chosen_score": None}))
+    assert "scores" not in record
+    with pytest.raises(ValueError, match="jsonl:1:rejected_score: missing; chosen_score is there"):
+        sources.read_pairs(write(tmp_path, {**GOOD, "chosen_score": 1}))
+    with pytest.raises(ValueError, match="jsonl:1:chosen_score: must be a number"):
+        sources.read_pairs(write(tmp_path, {**given, "chosen_score": "8"}))
+
+
+def test_a_prompt_is_on_one_side():
+    """Catches one prompt on both sides, and a draw that depends on the other records."""
+    records = [{"prompt": f"p{i % 40}", "n": i} for i in range(80)]
+    train, held = sources.by_prompt(records, 0.3, 1)
+    assert len(train) + len(held) == 80 and 4 <= len(held) <= 48
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in held}
+    assert sources.by_prompt(records[:40], 0.3, 1)[1] == [r for r in held if r["n"] < 40]
+    assert sources.by_prompt(records, 0.0, 1) == (records, [])

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -260,3 +261,12 @@ def test_a_run_needs_the_model_it_was_trained_from(workdir, base, tmp_path):
         path.write_bytes(whole)
     assert not (tmp_path / "out").exists()
     assert evaluate.load_model(workdir).plan.train == "lora"
+
+
+def test_a_run_of_an_older_config_is_scored(workdir, base, tmp_path):
+    """Catches a workdir that can no longer be used because its config lacks a newer key."""
+    old = shutil.copytree(workdir, tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    del config["train"]["ema"]
+    (old / "config.json").write_text(json.dumps(config))
+    assert evaluate.load_model(old).template == evaluate.load_model(workdir).template

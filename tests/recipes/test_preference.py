@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreward import presets
+from jaxreward import presets, testing
 from jaxreward.core import metrics as m
 from jaxreward.core import trees as tr
+from jaxreward.data import sources
 from jaxreward.hub import load
 from jaxreward.parallel import mesh
 from jaxreward.recipes import preference
@@ -363,5 +364,123 @@ def test_unknown_margin(tiny_folder, tmp_path):
     made = config(tiny_folder, "data.cache_frozen=false")
     made.unlock()
     made.losses.bt.margin = "0.5"
-    with pytest.raises(ValueError, match=r"losses\.bt\.margin must be 'data' or 'none'"):
+    with pytest.raises(
+        ValueError, match=r"losses\.bt\.margin must be 'data', 'scores', 'none' or a"
+    ):
+        preference.build(made, tmp_path)
+
+
+def scored_file(tmp_path, drop=()):
+    """Pairs with scores and margins that differ from pair to pair, two pairs of each prompt."""
+    rows = []
+    for i, pair in enumerate(testing.synthetic_pairs(12, seed=7)):
+        more = {"chosen_score": 8 + 0.25 * i, "rejected_score": 7.5 - 0.5 * (i % 3)}
+        rows.append({**pair, **({} if i in drop else more), "margin": 0.125 * i})
+        rows.append({**rows[-1], "id": f"{i}b", "rejected": "nope", "weight": 0.5})
+    path = tmp_path / "scored.jsonl"
+    sources.write_jsonl(path, rows)
+    return path
+
+
+LOSSES = {
+    "margin": dict(fn="preference.bradley_terry", margin="scores"),
+    "soft": dict(fn="preference.soft_label", probability="scores", smoothing=0.1),
+    "hinge": dict(fn="preference.hinge", margin="data"),
+    "constant": dict(fn="preference.hinge", margin=2),
+    "regression": dict(fn="preference.margin_regression", margin="scores"),
+    "absolute": dict(fn="preference.absolute_regression"),
+    "said": dict(fn="preference.absolute_regression", chosen_score="data", rejected_score="data"),
+    "centring": dict(fn="preference.centring"),
+    "log_exp": dict(fn="preference.log_exp", margin="none"),
+}
+
+
+def test_losses_take_scores_and_margins_of_their_own_pairs(tiny_folder, tmp_path):
+    """Catches scores of another pair, swapped sides, a word that is not filled, and weights that
+    are left out: every loss of the first step against float64."""
+    path = scored_file(tmp_path)
+    made = config(tiny_folder, f"data.path={path}", f"data.eval_path={path}", "data.batch=16")
+    made.unlock()
+    made.losses = {name: {"coef": 1.0, **entry} for name, entry in LOSSES.items()}
+    made.lock()
+    built = preference.build(made, tmp_path / "run")
+    rows = []
+    predict = preference.scorer.make_predict(built.plan, rules=built.rules)
+    for tree, scores in zip(built.train, predict(built.state.params, built.frozen, built.train)):
+        for (a, b), m_, w, (s, t) in zip(
+            tree.pairs, tree.margin, tree.weight, tree.scores, strict=True
+        ):
+            rows.append((scores[a], scores[b], m_, w, s, t))
+    c, r, margin, weight, s, t = np.array(rows, np.float64).T
+    assert len(c) == 24 and len(set(s)) == 12 and built.facts["rows"]["count"] <= 16
+    gap, wanted = c - r, s - t
+    q = 1 / (1 + np.exp(-wanted))
+    q = 0.9 * q + 0.1 * (1 - q)
+    want = {
+        "margin": np.logaddexp(0, wanted - gap),
+        "soft": q * np.logaddexp(0, -gap) + (1 - q) * np.logaddexp(0, gap),
+        "hinge": np.maximum(0, margin - gap),
+        "constant": np.maximum(0, 2 - gap),
+        "regression": (gap - wanted) ** 2,
+        "absolute": (c - s) ** 2 + (r - t) ** 2,
+        "said": (c - s) ** 2 + (r - t) ** 2,
+        "centring": (c + r) ** 2,
+        "log_exp": np.logaddexp(0, -gap),
+    }
+    _, (first,) = by_hand(built, 1)
+    for name, each in want.items():
+        mean = (each * weight).sum() / weight.sum()
+        assert first[f"loss/{name}"] == pytest.approx(mean, rel=1e-5, abs=1e-5), name
+
+
+def test_scores_of_pairs_that_do_not_count(tiny_folder):
+    """Catches a NaN that comes back through the gradient of a pair of weight 0."""
+    made = config(tiny_folder)
+    cfg, weights, _ = load.load(tiny_folder)
+    plan = preference.trainable.make_plan(cfg, made.models.policy)
+    params, frozen = preference.trainable.init(plan, weights, jax.random.key(0))
+    rows = testing.empty_pair_rows(1, 8, pairs=1).replace(scores=np.full((1, 1, 2), np.nan))
+    entry = {"abs": dict(fn="preference.absolute_regression", coef=1.0)}
+    loss, _, _ = preference.make_loss(plan, entry)
+    total = lambda params: loss(params, frozen, rows, None, {})[0]["abs"]
+    value, grads = jax.value_and_grad(total)(params)
+    assert value == 0 and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        (
+            dict(fn="preference.hinge", margin="score"),
+            r"losses\.x\.margin must be 'data', 'scores'",
+        ),
+        (dict(fn="preference.soft_label", probability="data"), r"probability must be 'scores'"),
+        (dict(fn="preference.margin_regression"), r"losses\.x needs margin \('data', 'scores'\)"),
+        (dict(fn="preference.centring", margin="data"), "centring does not take margin"),
+        (dict(fn="preference.soft_label", smoothing=0.1, probability=2), None),
+        (dict(fn="preference.absolute_regression"), r"losses\.x\.chosen_score is 'data', which"),
+        (dict(fn="preference.bradley_terry", margin="scores"), r"x\.margin is 'scores', which"),
+    ],
+)
+def test_what_a_loss_can_lack(tiny_folder, tmp_path, entry, text):
+    """Catches a loss that trains on zeros where the data or the config say nothing."""
+    if text is None:  # a number is passed on, and the function refuses it
+        fn, _ = preference._entry("x", {"coef": 1.0, **entry})
+        with pytest.raises(ValueError, match=r"probability in \[0, 1\]; received 2"):
+            fn(jnp.zeros(1), jnp.zeros(1))
+        return
+    path = scored_file(tmp_path, drop=(5,))
+    made = config(tiny_folder, f"data.path={path}", f"data.eval_path={path}")
+    made.unlock()
+    made.losses = {"x": {"coef": 1.0, **entry}}
+    with pytest.raises(ValueError, match=text) as error:
+        preference.build(made, tmp_path / "run")
+    if "which" in text:
+        assert "a pair of 'toy-5' has none" in str(error.value)
+
+
+def test_margins_that_are_not_there(tiny_folder, tmp_path):
+    """Catches margin='data' on data without margins, which would be plain Bradley-Terry."""
+    made = config(tiny_folder, "losses.bt.margin=data")
+    with pytest.raises(ValueError, match=r"losses\.bt\.margin is 'data', and no pair .* a margin"):
         preference.build(made, tmp_path)

@@ -19,7 +19,7 @@ from jaxreward.data.corpora import hh_rlhf
 
 _SCORES = ("chosen_score", "rejected_score")
 _PAIR_FIELDS = ("id", "prompt", "chosen", "rejected", "margin", "weight", "subset", *_SCORES)
-_ANSWER_FIELDS = ("answer", "completion", "response")
+ANSWER_FIELDS = ("answer", "completion", "response")
 
 
 def read_jsonl(path, *, what="record"):
@@ -108,7 +108,7 @@ def read_answers(path, *, limit=None):
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field.
     """
-    return read_rows(path, _answer, what="answer", limit=limit)[0]
+    return read_rows(path, answer_of, what="answer", limit=limit)[0]
 
 
 def write_jsonl(path, records):
@@ -259,16 +259,17 @@ def _pair(row, number):
         if not isinstance(row["subset"], str):
             raise formats.Bad("must be str", field="subset", came=formats.show(row["subset"]))
         record["subset"] = row["subset"]
-    return _with_extra(record, row, _PAIR_FIELDS)
+    return with_extra(record, row, _PAIR_FIELDS)
 
 
 def _prompt(row, number):
     record = {"id": id_of(row, number), "prompt": text_of(row, "prompt")}
-    return _with_extra(record, row, ("id", "prompt"))
+    return with_extra(record, row, ("id", "prompt"))
 
 
-def _answer(row, number):
-    names = [name for name in _ANSWER_FIELDS if row.get(name) is not None]
+def answer_of(row, number):
+    """dict(id, prompt, answers, names, row) of a row, as `read_answers`. Raises `formats.Bad`."""
+    names = [name for name in ANSWER_FIELDS if row.get(name) is not None]
     if not names and (row.get("chosen") is not None or row.get("rejected") is not None):
         pair = _pair(row, number)
         names, prompt = ["chosen", "rejected"], pair["prompt"]
@@ -278,7 +279,7 @@ def _answer(row, number):
         prompt, answers = _parted(prompt, [text_of(row, names[0])], names)
     else:
         raise formats.Bad(
-            f"needs exactly one of {', '.join(_ANSWER_FIELDS)}, or chosen and rejected",
+            f"needs exactly one of {', '.join(ANSWER_FIELDS)}, or chosen and rejected",
             field="answer",
             came=", ".join(names) or f"the fields {', '.join(map(repr, row)) or '(none)'}",
         )
@@ -339,7 +340,8 @@ def _parted(prompt, answers, names):
     )
 
 
-def _with_extra(record, row, fields):
+def with_extra(record, row, fields):
+    """The record, with the row's other fields under "extra"."""
     extra = {name: value for name, value in row.items() if name not in fields}
     return {**record, "extra": extra} if extra else record
 

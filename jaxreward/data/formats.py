@@ -1,4 +1,4 @@
-"""Rows of a file, whatever it is stored in: JSON Lines, Parquet, ArrayRecord.
+"""Rows of a file, whatever it is stored in: JSON Lines, Parquet, ArrayRecord, TFDS.
 
 A row is a dict; a row that is none is handed on as `Bad`, so that the reader decides whether it
 stops the run or is counted. Files are read piece by piece, never whole.
@@ -9,6 +9,8 @@ import difflib
 import gzip
 import json
 import math
+import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -16,12 +18,19 @@ from pathlib import Path
 # A longer line is no record but a file of another kind, or a broken one.
 LONGEST = 64 << 20
 _ROWS = 256  # of a Parquet file at a time
+_CAME = 200  # characters of what came, in a message
+
+_TFDS = re.compile(
+    r"tfds:(?P<name>\w+)(?:/(?P<config>\w[\w.+-]*))?(?::(?P<version>\d+\.\d+\.\d+))?(?:@(?P<split>.+))?"
+)
 
 
 class Bad(ValueError):
     """A row that cannot be used: the field, and why in words that hold for many rows."""
 
     def __init__(self, reason, *, field=None, came=""):
+        if len(came) > _CAME:
+            came = f"{came[:_CAME]}..."
         super().__init__(f"{reason}{f'; received {came}' if came else ''}")
         self.reason, self.field = reason, field
 
@@ -32,17 +41,25 @@ def rows(path):
     Args:
       path: .parquet; .arrayrecord or .array_record, each record a JSON object; any other name is
         read as JSON Lines, gzip-compressed if it ends in .gz; "-" is standard input.
+        "tfds:NAME[/CONFIG][:VERSION][@SPLIT]" is a TFDS data set prepared as ArrayRecord in
+        TFDS_DATA_DIR (or ~/tensorflow_datasets): the newest version and the split train unless
+        given. SPLIT may be a part, as in tfds:my_pairs@train[:90%]. Nothing is downloaded and no
+        TensorFlow needed.
 
     Yields:
       (number from 1, dict or Bad). For JSON Lines the number is that of the line. Blank lines are
-      skipped. Parquet's times and decimals become text, its NaN null, and bytes their count.
+      skipped. Parquet's times and decimals become text, its NaN null, and bytes their count. The
+      texts of TFDS, which are bytes, become str, and its sequences of dicts lists of dicts.
 
     Raises:
       FileNotFoundError: if there is no such file; names near misses.
+      PermissionError: if it may not be read.
       ValueError: if the file is empty, cut short or of another kind.
     """
     if str(path) == "-":
         read = _json_lines
+    elif is_tfds(path):
+        read = _tfds
     else:
         exists(path)
         suffix = Path(path).suffix.lower()
@@ -59,20 +76,68 @@ def rows(path):
         raise ValueError(f"{name(path)} is empty; expected JSON objects, one a line")
 
 
+def mapped(rows, convert):
+    """Numbered rows, each brought into another form.
+
+    Args:
+      rows: (number, dict or Bad), as `rows` yields them.
+      convert: dict -> dict; raises Bad, which then stands in the row's place.
+
+    Yields:
+      (number, dict or Bad).
+    """
+    for number, row in rows:
+        if not isinstance(row, Bad):
+            try:
+                row = convert(row)
+            except Bad as bad:
+                row = bad
+        yield number, row
+
+
 def name(path):
     """The path as messages have it."""
     return "standard input" if str(path) == "-" else str(path)
 
 
+def is_tfds(path):
+    """Whether the path names a TFDS data set."""
+    return str(path).startswith("tfds:")
+
+
 def exists(path):
-    """Raises FileNotFoundError, with near misses, unless the path is a file."""
-    path = Path(path)
-    if path.is_file():
+    """Raises FileNotFoundError, with near misses, unless the path is a file that can be read, or a
+    TFDS data set; PermissionError if the file may not be read."""
+    if is_tfds(path):
+        tfds_folder(path)
         return
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=3)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
-    raise FileNotFoundError(f"data file {path} does not exist or is no file{hint}")
+    path = Path(path)
+    if path.is_dir():
+        held = sorted(p.name for p in path.iterdir())
+        raise FileNotFoundError(
+            f"data file {path} does not exist or is no file: it is a folder; give one file of it: "
+            f"{_few(held)}"
+        )
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"data file {path} does not exist or is no file{_near(path.name, beside)}"
+        )
+    try:
+        path.open("rb").close()
+    except PermissionError as error:
+        raise PermissionError(
+            f"data file {path} may not be read by this user; change its permissions"
+        ) from error
+
+
+def _near(word, known):
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def _few(names):
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "it is empty"
 
 
 def show(value):
@@ -174,6 +239,99 @@ def _array_record(path):
             f"{name(path)}:{number + 1}: not a whole ArrayRecord file ({_first(error)}); write it "
             "again"
         ) from error
+
+
+def tfds_folder(path):
+    """Where a TFDS data set lies.
+
+    Args:
+      path: "tfds:NAME[/CONFIG][:VERSION][@SPLIT]".
+
+    Returns:
+      (folder of its version, split).
+
+    Raises:
+      ValueError: if the name is of another form.
+      FileNotFoundError: if it is not prepared; says how to.
+    """
+    parts = _TFDS.fullmatch(str(path))
+    if parts is None:
+        raise ValueError(
+            f"{path}: expected tfds:NAME[/CONFIG][:VERSION][@SPLIT], such as "
+            "tfds:my_pairs:1.0.0@train[:90%]"
+        )
+    root = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    named = parts["name"] + (f"/{parts['config']}" if parts["config"] else "")
+    beside = [p.name for p in sorted(root.iterdir()) if p.is_dir()] if root.is_dir() else []
+    inside = [p for p in (root / named).iterdir() if p.is_dir()] if (root / named).is_dir() else []
+    versions = [p for p in inside if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
+    versions = [p for p in versions if (p / "dataset_info.json").is_file()]
+    wanted = [p for p in versions if parts["version"] in (None, p.name)]
+    if wanted:
+        folder = max(wanted, key=lambda p: [int(x) for x in p.name.split(".")])
+        return folder, parts["split"] or "train"
+    if versions:
+        found = f"holds the versions {_few(sorted(p.name for p in versions))}"
+    elif inside:
+        found = f"holds the configs {_few(sorted(p.name for p in inside))}"
+    else:
+        found = f"is not there{_near(parts['name'], beside)}"
+    raise FileNotFoundError(
+        f"{path} is not prepared: {root / named} {found}. Set TFDS_DATA_DIR, or prepare it where "
+        f"TensorFlow is installed: tfds build {named} --data_dir={root} --file_format=array_record"
+    )
+
+
+def _tfds(path):
+    folder, split = tfds_folder(path)
+    import tensorflow_datasets as tfds
+
+    try:
+        # Features are classes that are imported by the name which the file gives.
+        for found in re.findall(r'"pythonClassName": *"([^"]*)"', _features(folder)):
+            if not found.startswith("tensorflow_datasets."):
+                raise ValueError(f"features.json names {found}, a class that is not TFDS's own")
+        builder = tfds.builder_from_directory(folder)
+        source = builder.as_data_source(split)
+        count, features = len(source), builder.info.features
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise ValueError(f"{path}: cannot be read from {folder} ({_first(error)})") from error
+    for start in range(0, count, _ROWS):
+        try:
+            records = source.__getitems__(list(range(start, min(count, start + _ROWS))))
+        except (ValueError, RuntimeError, OSError, ImportError, IndexError) as error:
+            raise ValueError(
+                f"{path}:{start + 1}: cannot be read from {folder} ({_first(error)}); prepare it "
+                "again"
+            ) from error
+        for number, record in enumerate(records, start=start + 1):
+            try:
+                yield number, _from_tfds(record, features)
+            except UnicodeDecodeError as error:
+                yield (
+                    number,
+                    Bad("text must be UTF-8", came=f"byte {error.object[error.start]:#04x}"),
+                )
+
+
+def _features(folder):
+    return (folder / "features.json").read_text(encoding="utf-8")
+
+
+def _from_tfds(value, feature):
+    each = getattr(feature, "feature", None)  # of a sequence
+    if isinstance(value, dict):
+        if each is not None:  # a sequence of dicts comes as a dict of sequences
+            value = [dict(zip(value, items)) for items in zip(*value.values(), strict=True)]
+        else:
+            return {key: _from_tfds(x, feature[key]) for key, x in value.items()}
+    if hasattr(value, "tolist"):  # arrays and scalars of NumPy
+        value = value.tolist()
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return [_from_tfds(x, each) for x in value]
+    return _plain(value)
 
 
 def _first(error):

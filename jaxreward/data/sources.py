@@ -1,7 +1,8 @@
 """Preference pairs, prompts and answers, in and out, with errors that name file, row and field.
 
-They are read from JSON Lines (also .gz, and "-" for standard input), Parquet and ArrayRecord
-(`data/formats.py`), and written as JSON Lines.
+They are read from JSON Lines (also .gz, and "-" for standard input), Parquet, ArrayRecord and
+TFDS (`data/formats.py`), and written as JSON Lines. Where a data set names its fields otherwise, a
+function of `data/corpora` brings its rows into this form as they are read.
 """
 
 import difflib
@@ -20,6 +21,17 @@ from jaxreward.data.corpora import hh_rlhf
 _SCORES = ("chosen_score", "rejected_score")
 _PAIR_FIELDS = ("id", "prompt", "chosen", "rejected", "margin", "weight", "subset", *_SCORES)
 ANSWER_FIELDS = ("answer", "completion", "response")
+
+# Fields by which rows of another form are known, and what brings them into pairs.
+_OTHER_FORMS = (
+    (("response1", "response2", "overall_preference"), "helpsteer3.pairs"),
+    (("response_1", "response_2", "preference_strength"), "helpsteer2.pairs"),
+    (("response", "helpfulness"), "helpsteer2.pairs"),
+    (("response_0", "response_1", "better_response_id"), "pku_saferlhf.pairs"),
+    (("completion", "label"), "unpaired.pairs"),
+)
+# Columns beside the text without which a row would be another one.
+_NOT_TEXT = ("images", "tools")
 
 
 def read_jsonl(path, *, what="record"):
@@ -44,7 +56,7 @@ def read_jsonl(path, *, what="record"):
     return rows
 
 
-def read_pairs(path, *, on_bad="error", limit=None):
+def read_pairs(path, *, on_bad="error", limit=None, corpus=None):
     """Reads preference pairs.
 
     A line has `chosen` and `rejected`, each a str or a list of {"role", "content"} messages, and
@@ -55,10 +67,13 @@ def read_pairs(path, *, on_bad="error", limit=None):
     int; else the line number). Null counts as missing.
 
     Args:
-      path: File, or "-" for standard input.
+      path: As `formats.rows`.
       on_bad: "error" stops at the first bad line, "skip" leaves bad lines out, counts them by
         reason and warns once.
       limit: Read at most this many good pairs; None reads all.
+      corpus: Brings rows of another form into this one: a function, such as those of
+        `data/corpora`, from numbered rows as `formats.rows` yields them to such rows. What it
+        cannot use it yields as `formats.Bad`. None takes rows as they are.
 
     Returns:
       (records, report). Records are dict(id, prompt, chosen, rejected) with margin, weight, subset
@@ -69,14 +84,14 @@ def read_pairs(path, *, on_bad="error", limit=None):
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field, what was expected and what came; or when no pair is left.
     """
-    return read_rows(path, _pair, what="pair", on_bad=on_bad, limit=limit)
+    return read_rows(path, _pair, what="pair", on_bad=on_bad, limit=limit, corpus=corpus)
 
 
-def read_prompts(path, *, limit=None):
+def read_prompts(path, *, limit=None, corpus=None):
     """Reads prompts to answer.
 
     Args:
-      path: File, or "-" for standard input.
+      path, corpus: As `read_pairs`.
       limit: Read at most this many; None reads all.
 
     Returns:
@@ -86,10 +101,10 @@ def read_prompts(path, *, limit=None):
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field.
     """
-    return read_rows(path, _prompt, what="prompt", limit=limit)[0]
+    return read_rows(path, _prompt, what="prompt", limit=limit, corpus=corpus)[0]
 
 
-def read_answers(path, *, limit=None):
+def read_answers(path, *, limit=None, corpus=None):
     """Reads answers to score.
 
     A line has `prompt` and one of `answer`, `completion` or `response`, or is a pair as in
@@ -97,7 +112,7 @@ def read_answers(path, *, limit=None):
     dialogue; all but its last turn is then the prompt.
 
     Args:
-      path: File, or "-" for standard input.
+      path, corpus: As `read_pairs`.
       limit: Read at most this many lines; None reads all.
 
     Returns:
@@ -108,7 +123,7 @@ def read_answers(path, *, limit=None):
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field.
     """
-    return read_rows(path, answer_of, what="answer", limit=limit)[0]
+    return read_rows(path, answer_of, what="answer", limit=limit, corpus=corpus)[0]
 
 
 def write_jsonl(path, records):
@@ -156,49 +171,61 @@ def data_hash(path):
     """Content hash of a file, as recorded with a run.
 
     Args:
-      path: File; not "-", which can be read only once.
+      path: As `formats.rows`; not "-", which can be read only once.
 
     Returns:
-      sha256 of its bytes as 64 hex digits.
+      sha256 of its bytes as 64 hex digits. Of a TFDS data set that of the names and hashes of all
+      files of its version, one a line as sha256sum writes them.
 
     Raises:
       FileNotFoundError: if there is no such file.
     """
     formats.exists(path)
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    if not formats.is_tfds(path):
+        return _sha256(Path(path))
+    folder, _ = formats.tfds_folder(path)
+    lines = [
+        f"{_sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.is_file()
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256(path):
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def by_prompt(records, fraction, seed):
     """Parts records of any kind into (training, held out) by their `prompt`.
 
     By prompt and not by record: records of one prompt share text. A prompt falls on the same side
-    whatever else is in the data.
+    whatever else is in the data. Where it is empty, as of plain text, the rest is drawn by.
 
     Args:
       records: Dicts with a `prompt`.
       fraction: Share of the prompts to hold out, in expectation.
       seed: Of the draw.
     """
-    draw = lambda r: hashlib.sha256(f"{seed}:{json.dumps(r['prompt'])}".encode()).digest()
+    text = lambda r: (
+        r["prompt"] or [r.get(k) for k in ("completion", "answer", "chosen", "rejected")]
+    )
+    draw = lambda r: hashlib.sha256(f"{seed}:{json.dumps(text(r))}".encode()).digest()
     held = [int.from_bytes(draw(r)[:4]) / 2**32 < fraction for r in records]
     return [r for r, h in zip(records, held) if not h], [r for r, h in zip(records, held) if h]
 
 
-def read_rows(path, parse, *, what, on_bad="error", limit=None):
+def read_rows(path, parse, *, what, on_bad="error", limit=None, corpus=None):
     """Reads the rows of a file into records.
 
     Args:
-      path: File, or "-" for standard input.
+      path: As `formats.rows`.
       parse: (row, number) -> record; raises `formats.Bad`.
       what: What a record is, for messages.
-      on_bad, limit: As `read_pairs`.
+      on_bad, limit, corpus: As `read_pairs`.
 
     Returns:
-      (records, report) as `read_pairs`.
+      (records, report) as `read_pairs`. With a corpus the rows it yields are counted, which may be
+      more or fewer than the file's lines.
 
     Raises:
       FileNotFoundError, ValueError: as `read_pairs`.
@@ -208,11 +235,17 @@ def read_rows(path, parse, *, what, on_bad="error", limit=None):
     records, read, skipped = [], 0, {}
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None; received {limit}")
-    for number, row in formats.rows(path):
+    rows, lines = formats.rows(path), "lines"
+    if corpus is not None:
+        rows, lines = corpus(rows), "rows of the corpus"
+    for number, row in rows:
         read += 1
         try:
             if isinstance(row, formats.Bad):
                 raise row
+            for field in _NOT_TEXT:
+                if row.get(field):
+                    raise formats.Bad("is not read, only text is; leave such rows out", field=field)
             records.append(parse(row, number))
         except formats.Bad as bad:
             place = f"{formats.name(path)}:{number}" + (f":{bad.field}" if bad.field else "")
@@ -224,16 +257,24 @@ def read_rows(path, parse, *, what, on_bad="error", limit=None):
             break
     counts = "; ".join(f"{reason} ({count})" for reason, count in skipped.items())
     if not records:
-        raise ValueError(f"{formats.name(path)} holds no usable {what} in {read} lines: {counts}")
+        raise ValueError(f"{formats.name(path)} holds no usable {what} in {read} {lines}: {counts}")
     if skipped:
         warnings.warn(
-            f"{formats.name(path)}: skipped {sum(skipped.values())} of {read} lines: {counts}",
+            f"{formats.name(path)}: skipped {sum(skipped.values())} of {read} {lines}: {counts}",
             stacklevel=3,
         )
     return records, {"read": read, "kept": len(records), "skipped": skipped}
 
 
 def _pair(row, number):
+    if row.get("chosen") is None:
+        for fields, name in _OTHER_FORMS:
+            if all(row.get(field) is not None for field in fields):
+                raise formats.Bad(
+                    f"missing; the fields {', '.join(fields)} are another form of preferences, "
+                    f"read with data.corpus={name} (--corpus {name})",
+                    field="chosen",
+                )
     chosen, rejected = (text_of(row, name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise formats.Bad(
@@ -256,9 +297,7 @@ def _pair(row, number):
     if scored:
         record["scores"] = tuple(formats.number(row[name], name) for name in _SCORES)
     if row.get("subset") is not None:
-        if not isinstance(row["subset"], str):
-            raise formats.Bad("must be str", field="subset", came=formats.show(row["subset"]))
-        record["subset"] = row["subset"]
+        record["subset"] = label_of(row, "subset")
     return with_extra(record, row, _PAIR_FIELDS)
 
 
@@ -356,6 +395,14 @@ def id_of(row, number):
     return str(value)
 
 
+def label_of(row, field):
+    """The str or None in a field that is no text to read. Raises `formats.Bad`."""
+    value = row.get(field)
+    if value is not None and not isinstance(value, str):
+        raise formats.Bad("must be str", field=field, came=formats.show(value))
+    return value
+
+
 def text_of(row, field):
     """The str or message list in a field. Raises `formats.Bad`."""
     if row.get(field) is None:
@@ -364,7 +411,7 @@ def text_of(row, field):
         raise formats.Bad(f"missing{hint}", field=field)
     value = row[field]
     if isinstance(value, str):
-        _encodable(value, field)
+        _readable(value, field)
         return value
     if not isinstance(value, list):
         raise formats.Bad(
@@ -381,11 +428,18 @@ def text_of(row, field):
                     field=f"{field}[{index}]",
                     came=formats.show(came),
                 )
-            _encodable(message[key], f"{field}[{index}].{key}")
+            _readable(message[key], f"{field}[{index}].{key}")
+        if message.get("tool_calls"):
+            raise formats.Bad(
+                "is not read, only text is; leave such rows out",
+                field=f"{field}[{index}].tool_calls",
+            )
     return value
 
 
-def _encodable(text, field):
+def _readable(text, field):
+    if "\0" in text:
+        raise formats.Bad("holds a NUL character, as damaged files do", field=field)
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -84,6 +84,31 @@ def synthetic_pairs(count: int, *, seed: int = 0) -> list[dict]:
     return pairs
 
 
+def synthetic_points(
+    count: int, *, seed: int = 0, kind: str = "scalar", outputs: tuple[str, ...] = ("score",)
+) -> list[dict]:
+    """Labelled answers that a small model can learn: the polite ones get the higher numbers.
+
+    Args:
+      count: How many. seed: Of the draw.
+      kind, outputs: The head they are for, as `data.points.target` takes them. Every fifth answer
+        lacks its last score, where it has several.
+    """
+    points = []
+    for i, pair in enumerate(synthetic_pairs(count, seed=seed)):
+        good = i % 2 == 0
+        answer = pair["chosen" if good else "rejected"]
+        point = {"id": pair["id"], "prompt": pair["prompt"], "answer": answer}
+        if kind == "scores":
+            point["scores"] = {name: float(good) + k for k, name in enumerate(outputs)}
+            if i % 5 == 0 and len(outputs) > 1:
+                point["scores"][outputs[-1]] = None
+        else:
+            point["label"] = int(good) * (len(outputs) - 1 if kind == "classes" else 1)
+        points.append(point)
+    return points
+
+
 def empty_pair_rows(batch: int, length: int, *, answers: int = 2, pairs: int = 1) -> PairRows:
     """PairRows of padding only, as NumPy arrays; fill what a test needs with `.replace`."""
     import numpy as np

@@ -32,6 +32,8 @@ def get_config(arg=""):
             family="decoder",
             init="hf:models/smollm2",
             head="scalar",
+            head_hidden=0,  # width of a hidden layer of the head; 0: a linear head
+            head_dropout=0.0,
             train="top",  # all | lora | top (the last top_layers and the head) | head
             top_layers=6,
             lora_rank=0,
@@ -40,9 +42,10 @@ def get_config(arg=""):
         )
     )
     c.data = dict(
-        source="jsonl",
         path="",
+        corpus="",  # how rows of another form become ours, such as helpsteer3.pairs
         eval_path="",
+        form="pairs",
         template="auto",
         max_len=1024,
         row_len=0,  # 0: chosen from the data

@@ -39,8 +39,8 @@ def get_config(arg=""):
         )
     )
     c.data = dict(
-        source="jsonl",
         path="",
+        corpus="",  # how rows of another form become ours, such as chosen.completions
         eval_path="",
         template="auto",
         max_len=1024,

@@ -79,6 +79,10 @@ class PairRows(Rows):
       weight: Weight of a pair, float32[B, N]; 0 where there is no pair.
       scores: What somebody else gave the two answers of a pair, float32[B, N, 2], chosen first; 0
         where there is no pair, NaN where a pair has none. None where nobody asks for them.
+      targets: What the C outputs for an answer should be, float32[B, K, C]; NaN where it is not
+        known. None where the data have no such numbers.
+      answer_weight: Weight of an answer's targets, float32[B, K]; 0 where there are none. None
+        with `targets`.
     """
 
     ends: Int[Array, "B K"] = None
@@ -86,6 +90,8 @@ class PairRows(Rows):
     margin: Float[Array, "B N"] = None
     weight: Float[Array, "B N"] = None
     scores: Float[Array, "B N 2"] | None = None
+    targets: Float[Array, "B K C"] | None = None
+    answer_weight: Float[Array, "B K"] | None = None
 
     def validate(self):
         """As `Rows.validate`, and that ends and pairs point at something real."""
@@ -118,6 +124,15 @@ class PairRows(Rows):
             raise ValueError(
                 f"PairRows.scores {self.scores.shape} must have the shape of pairs, "
                 f"{self.pairs.shape}"
+            )
+        if (self.targets is None) != (self.answer_weight is None) or (
+            self.targets is not None
+            and not self.targets.shape[:2] == self.answer_weight.shape == self.ends.shape
+        ):
+            shapes = [None if x is None else x.shape for x in (self.targets, self.answer_weight)]
+            raise ValueError(
+                f"PairRows.targets and answer_weight must both be None, or [B, K, C] and [B, K] "
+                f"with ends {self.ends.shape}; received {shapes[0]} and {shapes[1]}"
             )
         if not _concrete(self.ends, self.pairs, self.weight):
             return self

@@ -3,9 +3,8 @@
 import collections
 import dataclasses
 import json
-import warnings
 
-from jaxreward.data.tokenize import AnswerTooLong, Tree, encode_tree
+from jaxreward.data.tokenize import AnswerTooLong, Tree, encode_tree, shortened
 
 
 def group(records, *, most=16):
@@ -112,23 +111,5 @@ def encode_pairs(
                 scores=scores if any(scores) else [],
             )
         )
-    cut = [tree.truncated for tree in trees if tree.truncated]
-    report = {
-        "pairs": sum(len(tree.pairs) for tree in trees),
-        "trees": len(trees),
-        "truncated": len(cut),
-        "dropped_tokens": sum(cut),
-        "skipped": skipped,
-    }
-    if cut or skipped:
-        warnings.warn(
-            f"max_len {max_len}: {len(cut)} of {len(trees)} prompts lost their beginning "
-            f"({sum(cut)} tokens), {skipped} pairs were skipped as too long",
-            stacklevel=2,
-        )
-    if not trees:
-        raise ValueError(
-            f"no pair is left of {len(records)}: {skipped} were longer than max_len {max_len}; "
-            "raise data.max_len"
-        )
-    return trees, report
+    report = shortened(trees, skipped, max_len, total=len(records), what="pair")
+    return trees, {"pairs": sum(len(tree.pairs) for tree in trees), **report}

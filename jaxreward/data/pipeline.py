@@ -145,7 +145,8 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
       dict of tokens i32[T], mask bool[T], loss_mask bool[T], positions i32[T, 1], segments
       i32[T], trunk i32[T], ends i32[K] (-1 = none), pairs i32[N, 2] (-1 = none), margin f32[N],
       weight f32[N], scores f32[N, 2] (NaN = the pair has none), index i32[K, 2]: (tree, answer) of
-      each answer, -1 = none; and features [T, D] in their own dtype if the trees carry them.
+      each answer, -1 = none; if the trees carry them, features [T, D] in their own dtype, and
+      targets f32[K, C] (NaN = not known) with answer_weight f32[K] (0 = no answer, or no targets).
 
     Raises:
       ValueError: if the row does not fit, or only some of the trees carry features.
@@ -184,6 +185,10 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
             )
         like = carrier.features[-1]
         row["features"] = np.zeros((T, like.shape[-1]), like.dtype)
+    aimed = next((tree for tree in trees if tree.targets), None)
+    if aimed is not None:
+        row["targets"] = np.full((K, len(aimed.targets[0])), math.nan, np.float32)
+        row["answer_weight"] = np.zeros(K, np.float32)
     slot = segment = answer = pair = 0
 
     def place(tokens, start, trunk, features):
@@ -212,6 +217,9 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
             row["loss_mask"][begin:slot] = tree.loss[j]
             row["ends"][answer] = slot - 1
             row["index"][answer] = i, j
+            if tree.targets:
+                row["targets"][answer] = tree.targets[j]
+                row["answer_weight"][answer] = tree.answer_weight[j]
             answer += 1
         scored = tree.scores or [None] * len(tree.pairs)
         for (chosen, rejected), margin, weight, scores in zip(

@@ -8,6 +8,7 @@ each answer's own.
 import dataclasses
 import difflib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,9 @@ class Tree:
       weight: Weight of each pair, list of float.
       scores: (chosen, rejected) score of each pair from elsewhere, or None where it has none; an
         empty list where no pair has any.
+      targets: What each answer's outputs should be, list of float32[C], NaN where it is not known;
+        an empty list where no answer has any.
+      answer_weight: Weight of each answer with targets, list of float.
       subset: Part of the data it belongs to, or None.
       features: Inputs of the first trained layer, [float[Tp, D], float[T0, D], …], or None.
       truncated: Prompt tokens dropped, over all answers.
@@ -242,6 +246,8 @@ class Tree:
     margin: list = dataclasses.field(default_factory=list)
     weight: list = dataclasses.field(default_factory=list)
     scores: list = dataclasses.field(default_factory=list)
+    targets: list = dataclasses.field(default_factory=list)
+    answer_weight: list = dataclasses.field(default_factory=list)
     subset: str | None = None
     features: list | None = None
     truncated: int = 0
@@ -297,6 +303,41 @@ def encode_tree(tokenizer, prompt, answers, *, template="auto", max_len=None, id
         loss=[np.asarray(row.loss_mask[trunk:], np.bool_) for row in rows],
         truncated=sum(row.truncated for row in rows),
     )
+
+
+def shortened(trees, skipped, max_len, *, total, what):
+    """What `max_len` did to a set of trees.
+
+    Args:
+      trees: What is left. skipped: How many records were too long.
+      max_len: Most tokens, or None. total: How many records there were.
+      what: What a record is, for messages.
+
+    Returns:
+      dict(trees, truncated = trees that lost prompt tokens, dropped_tokens, skipped). Warns once,
+      with counts, if anything was truncated or skipped.
+
+    Raises:
+      ValueError: when no tree is left.
+    """
+    if not trees:
+        raise ValueError(
+            f"no {what} is left of {total}: {skipped} were longer than max_len {max_len}; raise "
+            "data.max_len"
+        )
+    cut = [tree.truncated for tree in trees if tree.truncated]
+    if cut or skipped:
+        warnings.warn(
+            f"max_len {max_len}: {len(cut)} of {len(trees)} prompts lost their beginning "
+            f"({sum(cut)} tokens), {skipped} {what}s were skipped as too long",
+            stacklevel=3,
+        )
+    return {
+        "trees": len(trees),
+        "truncated": len(cut),
+        "dropped_tokens": sum(cut),
+        "skipped": skipped,
+    }
 
 
 def _chat(tokenizer, prompt, answer):

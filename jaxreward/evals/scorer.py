@@ -31,13 +31,13 @@ FIELDS = (
     "weight",
     "scores",
 )
+SOMETIMES = ("features", "targets", "answer_weight")
 
 
 def pair_rows(batch: dict, rules: Rules | None = None) -> PairRows:
     """A batch of the data pipeline as PairRows on the devices."""
     arrays = {name: batch[name] for name in FIELDS}
-    if "features" in batch:
-        arrays["features"] = batch["features"]
+    arrays |= {name: batch[name] for name in SOMETIMES if name in batch}
     return PairRows(**hosts.to_global(arrays, rules))
 
 
@@ -47,12 +47,26 @@ def row_len(trees: list[Tree], *, least: int = 0) -> int:
     return pipeline.suggest_row_len([max(sizes), min(2 * int(np.mean(sizes)), 2048), least])
 
 
+def outputs(
+    plan: trainable.Plan, params: PyTree, frozen: PyTree, rows: PairRows, *, rules=None, keys=None
+) -> jax.Array:
+    """What the head says of the answers of each row, float32[B, K, C].
+
+    Args:
+      plan, params, frozen, rows, rules: The model and its rows.
+      keys: One key a row, for the head's dropout in training; None drops nothing.
+    """
+    states = trainable.states(plan, params, frozen, rows, rules=rules)
+    ends = masked.pick(states, rows.ends)
+    return heads.outputs(params["score"], ends, keys=keys, dropout=plan.head.dropout)
+
+
 def rewards(
     plan: trainable.Plan, params: PyTree, frozen: PyTree, rows: PairRows, *, rules=None
 ) -> jax.Array:
-    """Scalar rewards of the answers of each row, float32[B, K]; 0 where there is no answer."""
-    states = trainable.states(plan, params, frozen, rows, rules=rules)
-    return heads.scalar(params["score"], masked.pick(states, rows.ends))
+    """One reward an answer, float32[B, K], as `heads.reward` makes it of the outputs; only those
+    with `ends` >= 0 mean anything."""
+    return heads.reward(plan.head, outputs(plan, params, frozen, rows, rules=rules))
 
 
 def buckets(trees: list[Tree], *, least: int = 256) -> dict[int, list[int]]:
@@ -77,7 +91,7 @@ def _rows_at_once(batch, length, rules):
 def make_predict(
     plan: trainable.Plan, *, rules: Rules | None = None, batch: int = 8
 ) -> Callable[[PyTree, PyTree, list[Tree]], list[np.ndarray]]:
-    """A function (params, frozen, trees) -> scores, one float32 array per tree.
+    """A function (params, frozen, trees) -> rewards, one float32[answers] per tree.
 
     Rows and compilations as `over_trees` says.
     """
@@ -86,6 +100,17 @@ def make_predict(
         return rewards(plan, params, frozen, rows, rules=rules)
 
     return over_trees(score_rows, rules=rules, batch=batch)
+
+
+def make_predict_outputs(
+    plan: trainable.Plan, *, rules: Rules | None = None, batch: int = 8
+) -> Callable[[PyTree, PyTree, list[Tree]], list[np.ndarray]]:
+    """As `make_predict`, but all outputs of the head: one float32[answers, C] per tree."""
+
+    def score_rows(params, frozen, rows):
+        return outputs(plan, params, frozen, rows, rules=rules)
+
+    return over_trees(score_rows, len(plan.head.outputs), rules=rules, batch=batch)
 
 
 def over_trees(

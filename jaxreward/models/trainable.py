@@ -9,7 +9,7 @@ output never changes; the upper part then starts from `rows.features`.
     train="lora"   params {adapters, score}   frozen {policy: {lower?, upper}}
     train="head"   params {score}             frozen {policy: {lower, upper}}   upper = final norm
 
-That is a reward model (`head="scalar"`). A language model (`head="lm"`) has no score; its head is
+That is a reward model. A language model (`head=None`) has no score; its head is
 
     untied   in model with "all" and "top", the one thing trained with "head", frozen with "lora"
     tied     the embedding: trained with "all", frozen otherwise, since frozen layers read it
@@ -28,7 +28,7 @@ from jaxreward.parallel.rules import Rules
 
 PyTree = Any
 MODES = ("all", "lora", "top", "head")
-HEADS = ("scalar", "lm")
+LANGUAGE = "lm"  # in a config: the head is the language model's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +40,17 @@ class Plan:
       train: "all", "lora", "top" or "head".
       top_layers: Upper layers that are trained ("top") or adapted ("lora"; 0 = every layer).
       lora: Rank, scale and targets, for "lora".
-      scores: Numbers per answer of the scalar head.
-      head: "scalar" for a reward model, "lm" for a language model.
+      head: What a reward model gives for an answer; None for a language model.
     """
 
     cfg: decoder.Config
     train: str = "all"
     top_layers: int = 0
     lora: "lora.Config | None" = None
-    scores: int = 1
-    head: str = "scalar"
+    head: heads.Config | None = heads.SCALAR
 
     def __post_init__(self):
-        if self.head not in HEADS:
-            raise ValueError(f"unknown head={self.head!r}; use one of {', '.join(HEADS)}")
-        if self.head == "lm" and self.train == "head" and self.cfg.tied:
+        if self.head is None and self.train == "head" and self.cfg.tied:
             raise ValueError(
                 "train='head' with a language head that is tied to the embedding: training it "
                 "would change what the frozen layers read; use train='top', 'lora' or 'all'"
@@ -95,36 +91,58 @@ class Plan:
 
 
 def make_plan(
-    cfg: decoder.Config, role: Any, *, name: str = "policy", head: str | None = None
+    cfg: decoder.Config, role: Any, *, name: str = "policy", language: bool | None = None
 ) -> Plan:
     """The plan that one entry of a config's `models` asks for.
 
     Args:
       cfg: The model.
-      role: Has `family`, `head`, `train`, `top_layers`, `lora_rank`, `lora_alpha`, `lora_targets`.
+      role: Has `family`, `head`, `train`, `top_layers`, `lora_rank`, `lora_alpha`, `lora_targets`;
+        `outputs`, `output_weights`, `head_hidden` and `head_dropout` where they are not the
+        defaults of a scalar head.
       name: Of the entry, for messages.
-      head: The head that the caller can train, "scalar" or "lm"; None for either.
+      language: Whether the caller can train a language model (True), a reward model (False) or
+        either (None).
 
     Raises:
       ValueError: naming the field that does not fit.
     """
-    known = HEADS if head is None else (head,)
+    known = {True: (LANGUAGE,), False: heads.KINDS, None: (*heads.KINDS, LANGUAGE)}[language]
     if role.family != "decoder" or role.head not in known:
-        what = {"scalar": "a reward model", "lm": "a language model"}
+        what = {False: "a reward model", True: "a language model", None: "a model"}[language]
         raise ValueError(
-            f"models.{name}: {what.get(head, 'a model')} needs family='decoder' and "
+            f"models.{name}: {what} needs family='decoder' and "
             f"head={' or '.join(map(repr, known))}; received "
             f"family={role.family!r}, head={role.head!r}"
         )
     adapters = None
     if role.train == "lora":
         adapters = lora.Config(role.lora_rank, float(role.lora_alpha), role.lora_targets)
-    return Plan(cfg, role.train, role.top_layers, adapters, head=role.head)
+    head = None if role.head == LANGUAGE else make_head(role, name=name)
+    return Plan(cfg, role.train, role.top_layers, adapters, head)
+
+
+def make_head(role: Any, *, name: str = "policy") -> heads.Config:
+    """The head that one entry of a config's `models` asks for, see `make_plan`.
+
+    Raises:
+      ValueError: naming the entry and what does not fit.
+    """
+    try:
+        return heads.Config(
+            role.head,
+            tuple(role.get("outputs", ())) or heads.SCALAR.outputs,
+            tuple(map(float, role.get("output_weights", ()))),
+            role.get("head_hidden", 0),
+            role.get("head_dropout", 0.0),
+        )
+    except ValueError as error:
+        raise ValueError(f"models.{name}: {error}") from error
 
 
 def _upper_specs(plan):
     tree = decoder.specs(plan.upper)
-    if plan.head == "lm":
+    if plan.head is None:
         return tree
     # A reward needs states, not logits: an untied language head is dropped, here and on export.
     return {k: v for k, v in tree.items() if k != "head"}
@@ -133,8 +151,8 @@ def _upper_specs(plan):
 def param_specs(plan: Plan) -> PyTree:
     """Leaves that the optimizer updates."""
     tree, upper = {}, _upper_specs(plan)
-    if plan.head == "scalar":
-        tree["score"] = heads.scalar_specs(plan.cfg.width, scores=plan.scores)
+    if plan.head is not None:
+        tree["score"] = heads.specs(plan.head, plan.cfg.width)
     elif plan.train == "head":
         tree["head"] = upper["head"]
     if plan.train in ("all", "top"):
@@ -155,7 +173,7 @@ def split(plan: Plan, weights: PyTree) -> tuple[PyTree, PyTree]:
     Raises:
       ValueError: if a language head is wanted and the weights have none.
     """
-    language = plan.head == "lm"
+    language = plan.head is None
     if language and not plan.cfg.tied and "head" not in weights:
         raise ValueError(
             "the initial model has no language head (lm_head.weight): it is a reward model whose "
@@ -199,7 +217,7 @@ def init(
     """
     params, frozen = split(plan, weights)
     described = param_specs(plan)
-    if plan.head == "lm":
+    if plan.head is None:
         score = None
     if score is not None:
         sp.check({"score": score}, {"score": described["score"]}, what="the imported score head")

@@ -1,7 +1,7 @@
-"""Reward models from preference pairs.
+"""Reward models from preference pairs, or from answers with labels of their own.
 
-source -> chat template -> tokens -> packed rows (prompt once) -> one forward -> scalar head at the
-last token of each answer -> pairs -> named losses -> one division -> step.
+source -> chat template -> tokens -> packed rows (prompt once) -> one forward -> head at the last
+token of each answer -> pairs, or single answers -> named losses -> one division -> step.
 
 What this loop does that a textbook one does not: pairs about one prompt share its computation,
 frozen lower layers run once for the whole data set (`data.cache_frozen`), and every loss is
@@ -28,10 +28,10 @@ from jaxreward.core import trees as tr
 from jaxreward.core.resolve import resolve
 from jaxreward.core.types import PairRows
 from jaxreward.data import pairs as pair_data
-from jaxreward.data import sources, tokenize
+from jaxreward.data import points, sources, tokenize
 from jaxreward.evals import scorer
 from jaxreward.hub import export, load
-from jaxreward.models import trainable
+from jaxreward.models import heads, trainable
 from jaxreward.parallel import hosts, rules
 from jaxreward.train import session, writers
 
@@ -51,6 +51,11 @@ _FILLED = {
     "chosen_score": {"data": lambda rows: rows.scores[..., 0]},
     "rejected_score": {"data": lambda rows: rows.scores[..., 1]},
 }
+
+
+def _of_answers(fn) -> bool:
+    """Whether a loss is of single answers, by the names of its first two parameters."""
+    return list(inspect.signature(fn.func).parameters)[:2] == ["outputs", "targets"]
 
 
 def _entry(name, entry):
@@ -86,8 +91,10 @@ def _entry(name, entry):
 def make_loss(plan: trainable.Plan, losses, where: rules.Rules | None = None):
     """(loss, weights, coef) for `make_train_step`, from `config.losses`.
 
-    Every entry has `fn` (a function of chosen and rejected rewards, resolved in `objectives`),
-    `coef`, and further keywords of the function. Some of them may be words instead of numbers:
+    Every entry has `fn` (resolved in `objectives`), `coef`, and further keywords of the function.
+    A function of (outputs, targets) is of single answers: its value is summed over the targets that
+    are known, and divided by their weight. Any other is of the rewards (chosen, rejected) of
+    pairs. Some of its keywords may be words instead of numbers:
 
         margin="data"          the pairs' own margins
         margin="scores"        chosen_score - rejected_score of the data
@@ -100,41 +107,54 @@ def make_loss(plan: trainable.Plan, losses, where: rules.Rules | None = None):
     """
     entries = {name: _entry(name, entry) for name, entry in losses.items()}
     coef = {name: float(entry["coef"]) for name, entry in losses.items()}
+    answers = {name: _of_answers(fn) for name, (fn, _) in entries.items()}
 
     def loss(params, frozen, rows: PairRows, keys, extra):
-        del keys
-        scores = scorer.rewards(plan, params, frozen, rows, rules=where)
+        outputs = scorer.outputs(plan, params, frozen, rows, rules=where, keys=keys)
+        rewards = heads.reward(plan.head, outputs)
         pick = jnp.maximum(rows.pairs, 0)
-        chosen = jnp.take_along_axis(scores, pick[..., 0], axis=1)
-        rejected = jnp.take_along_axis(scores, pick[..., 1], axis=1)
-        live = rows.weight != 0
+        chosen = jnp.take_along_axis(rewards, pick[..., 0], axis=1)
+        rejected = jnp.take_along_axis(rewards, pick[..., 1], axis=1)
         if rows.scores is not None:
             # A NaN of a pair that does not count would come back through the gradient.
-            rows = rows.replace(scores=jnp.where(live[..., None], rows.scores, 0.0))
+            live = rows.weight[..., None] != 0
+            rows = rows.replace(scores=jnp.where(live, rows.scores, 0.0))
         totals = {}
         for name, (fn, words) in entries.items():
-            filled = {key: _FILLED[key][word](rows) for key, word in words.items()}
-            each = fn(chosen, rejected, **filled)
-            totals[name] = jnp.sum(jnp.where(live, each * rows.weight, 0.0))
-        gap = chosen - rejected
-        return (
-            totals,
-            {
-                "accuracy": m.Mean.of(0.5 * (1 + jnp.sign(gap)), rows.weight),
-                "margin": m.Mean.of(gap, rows.weight),
-                "reward": m.Mean.of(scores, rows.ends >= 0),
-            },
-            extra,
-        )
+            if answers[name]:
+                weight, targets = _known(rows)
+                each = fn(outputs, targets)
+            else:
+                weight = rows.weight
+                filled = {key: _FILLED[key][word](rows) for key, word in words.items()}
+                each = fn(chosen, rejected, **filled)
+            totals[name] = jnp.sum(jnp.where(weight != 0, each * weight, 0.0))
+        metrics = {"reward": m.Mean.of(rewards, rows.ends >= 0)}
+        if not all(answers.values()):
+            gap = chosen - rejected
+            metrics["accuracy"] = m.Mean.of(0.5 * (1 + jnp.sign(gap)), rows.weight)
+            metrics["margin"] = m.Mean.of(gap, rows.weight)
+        elif plan.head.kind == "classes":
+            right = jnp.argmax(outputs, axis=-1) == rows.targets[..., 0]
+            metrics["accuracy"] = m.Mean.of(right.astype(jnp.float32), rows.answer_weight)
+        return totals, metrics, extra
 
     def weights(rows: PairRows):
-        return dict.fromkeys(entries, jnp.sum(rows.weight))
+        known = jnp.sum(_known(rows)[0]) if any(answers.values()) else 0.0
+        return {name: known if answers[name] else jnp.sum(rows.weight) for name in entries}
 
     return loss, weights, coef
 
 
+def _known(rows: PairRows):
+    """(weight, targets) of single answers, [B,K,C]: where a target is not known both are 0."""
+    known = ~jnp.isnan(rows.targets)
+    weight = jnp.where(known, rows.answer_weight[..., None], 0.0)
+    return weight, jnp.where(weight != 0, rows.targets, 0.0)
+
+
 def check_needs(losses, trees: list[tokenize.Tree]) -> None:
-    """Makes sure that the pairs carry what `config.losses` takes from the data.
+    """Makes sure that the data carry what `config.losses` takes from them.
 
     A pair without a margin has margin 0, so only data without any margin are refused.
 
@@ -142,7 +162,15 @@ def check_needs(losses, trees: list[tokenize.Tree]) -> None:
       ValueError: naming the loss, the field, and a prompt whose pair lacks it.
     """
     for name, entry in losses.items():
-        for key, word in _entry(name, entry)[1].items():
+        fn, words = _entry(name, entry)
+        form = "points" if _of_answers(fn) else "pairs"
+        if not any(tree.targets if form == "points" else tree.pairs for tree in trees):
+            other = "pairs" if form == "points" else "points"
+            raise ValueError(
+                f"losses.{name}: {entry['fn']} is a loss of {form}, and the data were read as "
+                f"{other} (data.form); name a loss of {other}, or set data.form={form}"
+            )
+        for key, word in words.items():
             if (key, word) == ("margin", "data"):
                 if not any(margin for tree in trees for margin in tree.margin):
                     raise ValueError(
@@ -161,14 +189,31 @@ def check_needs(losses, trees: list[tokenize.Tree]) -> None:
 
 
 def load_data(config, tokenizer) -> tuple[list, list, dict]:
-    """(training trees, held-out trees, facts), as `session.load_data`."""
+    """(training trees, held-out trees, facts), as `session.load_data`.
+
+    `data.form` is "pairs", or "points" for single answers with labels or scores.
+    """
+    form = config.data.get("form", "pairs")  # absent in runs of older versions
+    if form not in ("pairs", "points"):
+        raise ValueError(f"data.form must be 'pairs' or 'points'; received {form!r}")
+    if form == "pairs":
+        return session.load_data(
+            config,
+            tokenizer,
+            read=sources.read_pairs,
+            made=lambda count, seed: testing.synthetic_pairs(count, seed=seed),
+            encode=pair_data.encode_pairs,
+            what="training pair",
+        )
+    head = trainable.make_head(config.models.policy)
+    kw = dict(kind=head.kind, outputs=head.outputs)
     return session.load_data(
         config,
         tokenizer,
-        read=sources.read_pairs,
-        made=lambda count, seed: testing.synthetic_pairs(count, seed=seed),
-        encode=pair_data.encode_pairs,
-        what="training pair",
+        read=points.read,
+        made=lambda count, seed: testing.synthetic_points(count, seed=seed, **kw),
+        encode=functools.partial(points.encode, **kw),
+        what="labelled answer",
     )
 
 
@@ -239,7 +284,7 @@ def build(config, workdir: str | Path) -> session.Built:
     check_needs(config.losses, train)
     cfg, weights, score = load.load(folder, rules=where)
     cfg = dataclasses.replace(cfg, compute=config.train.compute, remat=config.train.remat)
-    plan = trainable.make_plan(cfg, model, head="scalar")
+    plan = trainable.make_plan(cfg, model, language=False)
     source_hash = load.content_hash(folder)
     key = jax.random.key(config.seed)
     params, frozen = trainable.init(
@@ -262,7 +307,11 @@ def build(config, workdir: str | Path) -> session.Built:
         facts=facts,
         length=config.data.row_len or scorer.row_len(train),
         losses=lambda packed: make_loss(plan, config.losses, where),
-        predict=scorer.make_predict(plan, rules=where, batch=config.data.eval_batch),
+        predict=(
+            scorer.make_predict_outputs
+            if config.data.get("form") == "points"
+            else scorer.make_predict
+        )(plan, rules=where, batch=config.data.eval_batch),
         to_device=functools.partial(scorer.pair_rows, rules=where),
         tokenizer=tokenizer,
         folder=folder,

@@ -123,7 +123,7 @@ def build(config, workdir: str | Path) -> session.Built:
     train, held, facts = load_data(config, tokenizer)
     cfg, weights, _ = load.load(folder, rules=where)
     cfg = dataclasses.replace(cfg, compute=config.train.compute, remat=config.train.remat)
-    plan = trainable.make_plan(cfg, model, head="lm")
+    plan = trainable.make_plan(cfg, model, language=True)
     source_hash = load.content_hash(folder)
     key = jax.random.key(config.seed)
     params, frozen = trainable.init(plan, weights, jax.random.fold_in(key, 1), rules=where)

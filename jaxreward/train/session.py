@@ -170,8 +170,8 @@ def load_data(
     Args:
       config: Its section `data` and its seed are read.
       tokenizer: Of the model.
-      read: (path, on_bad=...) -> (records, report). encode: (tokenizer, records, ...) -> (trees,
-        report), as `data.pairs.encode_pairs`.
+      read: (path, on_bad=..., corpus=...) -> (records, report). encode: (tokenizer, records, ...)
+        -> (trees, report), as `data.pairs.encode_pairs`.
       made: (count, seed) -> records, for data.path="synthetic".
       what: What a record is, for messages.
 
@@ -183,12 +183,10 @@ def load_data(
         if config.data.path == "synthetic":
             count = 64 if part == "path" else 16
             return made(count, config.seed + (part != "path")), {"path": "synthetic"}
-        if config.data.source != "jsonl":
-            raise ValueError(f"data.source={config.data.source!r} is unknown; use jsonl")
         path = config.data[part]
         if not path:
             raise ValueError(f"data.{part} is empty; pass --config.data.{part}=FILE.jsonl")
-        records, report = read(path, on_bad=config.data.on_bad)
+        records, report = read(path, on_bad=config.data.on_bad, corpus=corpus(config.data))
         return records, {"path": str(path), "sha256": sources.data_hash(path), **report}
 
     records, facts = records_of("path")
@@ -207,6 +205,16 @@ def load_data(
     train, counts = encode(tokenizer, records, **kw)
     held, held_counts = encode(tokenizer, heldout, **kw) if heldout else ([], {})
     return train, held, {"data": {**facts, **counts}, "eval_data": {**eval_facts, **held_counts}}
+
+
+def corpus(data) -> Callable | None:
+    """The function that `data.corpus` names, such as "helpsteer3.pairs", or None.
+
+    Raises:
+      ValueError, KeyError: as `resolve`.
+    """
+    name = data.get("corpus", "")  # absent in runs of older versions
+    return resolve("data.corpora", name) if name else None
 
 
 def environment() -> dict:

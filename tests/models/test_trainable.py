@@ -244,8 +244,8 @@ def test_an_imported_head_is_taken_over(weights):
 
 
 def test_several_scores(weights):
-    """Catches `scores` that does not reach the head."""
-    plan = trainable.Plan(CFG, "head", scores=3)
+    """Catches outputs that do not reach the head."""
+    plan = trainable.Plan(CFG, "head", head=heads.Config("scores", ("a", "b", "c")))
     params, _ = trainable.init(plan, weights, jax.random.key(0))
     assert params["score"]["kernel"].shape == (CFG.width, 3)
 

@@ -321,7 +321,7 @@ def test_an_export_is_the_model_that_was_trained(exported):
     assert score is None
     raw = json.loads((out / "config.json").read_text())
     assert raw["architectures"] == ["LlamaForCausalLM"]
-    plan = trainable.Plan(cfg, "all", head="lm")
+    plan = trainable.Plan(cfg, "all", head=None)
     params, frozen = trainable.init(plan, weights, jax.random.key(0))
     want = likelihood.make_predict(built.plan, rules=built.rules)(
         now.params, built.frozen, built.heldout

@@ -56,3 +56,69 @@ def pick(x: Float[Array, "B T *rest"], index: Int[Array, "B K"]):
     picked = jax.vmap(lambda row, i: row[i])(x, index_)
     keep = (index >= 0).reshape(index.shape + (1,) * (x.ndim - 2))
     return jnp.where(keep, picked, 0)
+
+
+def _members(ids, num: int):
+    """True where entry n bears the id k, bool[..., N, num]; fused into the reduction after it.
+
+    Comparing costs less than scattering on an accelerator, and its sums have one order.
+    """
+    if not isinstance(ids, jax.core.Tracer) and ids.size and int(ids.max()) >= num:
+        raise ValueError(
+            f"ids must lie below {num}, the number of them that was given; received {ids.max()}. "
+            "-1 marks an entry that belongs to none"
+        )
+    return ids[..., None] == jnp.arange(num, dtype=jnp.int32)
+
+
+def total_by(x: Shaped[Array, "*rest N"], ids: Int[Array, "*rest N"], num: int):
+    """Sum of x over the entries of each id, along the last axis: float32[*rest, num].
+
+    Args:
+      x: Values; one whose id is -1 is not looked at.
+      ids: Which of the `num` sums an entry belongs to, 0 to num - 1; -1 = none.
+      num: A Python number: the shape of the result.
+
+    Raises:
+      ValueError: if an id is `num` or more (seen outside `jit` only).
+    """
+    return jnp.sum(jnp.where(_members(ids, num), x[..., None].astype(jnp.float32), 0.0), axis=-2)
+
+
+def mean_by(x: Shaped[Array, "*rest N"], ids: Int[Array, "*rest N"], num: int):
+    """Mean of x over the entries of each id, float32[*rest, num]; 0 where there are none."""
+    return safe_divide(total_by(x, ids, num), count_by(ids, num))
+
+
+def count_by(ids: Int[Array, "*rest N"], num: int):
+    """How many entries bear each id, int32[*rest, num]."""
+    return jnp.sum(_members(ids, num), axis=-2, dtype=jnp.int32)
+
+
+def spread(values: Shaped[Array, "*rest K"], ids: Int[Array, "*rest N"]):
+    """The value of each entry's id, float32[*rest, N]; 0 where the id is -1."""
+    member = _members(ids, values.shape[-1])
+    return jnp.sum(jnp.where(member, values[..., None, :].astype(jnp.float32), 0.0), axis=-1)
+
+
+def deviations_by(x: Shaped[Array, "*rest N"], ids: Int[Array, "*rest N"], num: int, *, ddof=1):
+    """How far each entry lies from the mean of its id, and the variance of each id.
+
+    Entries are taken relative to the largest of their id before anything is added up. So equal
+    values deviate by exactly 0, however large, and a large common offset costs no digits.
+
+    Args:
+      x, ids, num: As `total_by`.
+      ddof: The variance divides by the number of entries less this.
+
+    Returns:
+      (deviations float32[*rest, N], 0 where the id is -1; variances float32[*rest, num], 0 where
+      no degree of freedom is left).
+    """
+    member = _members(ids, num)
+    x = jnp.where(ids >= 0, x.astype(jnp.float32), 0.0)
+    top = jnp.max(jnp.where(member, x[..., None], -jnp.inf), axis=-2)
+    x = jnp.where(ids >= 0, x - spread(top, ids), 0.0)
+    x = x - spread(mean_by(x, ids, num), ids)
+    squares = total_by(jnp.square(x), ids, num)
+    return x, safe_divide(squares, jnp.maximum(count_by(ids, num) - ddof, 0))

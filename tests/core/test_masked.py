@@ -137,3 +137,100 @@ def test_pick():
     gradient = jax.grad(lambda x: masked.pick(x, index).sum())(x)
     np.testing.assert_array_equal(gradient[..., 0], [[0, 0, 0, 1], [1, 0, 1, 0]])
     assert masked.pick(x.astype(jnp.bfloat16), index).dtype == jnp.bfloat16
+
+
+# By id
+
+
+IDS = np.array([[0, 2, -1, 2, 0, 0, 2], [1, 1, 1, -1, -1, 1, 1], [-1] * 7, [3, 0, 3, 1, 0, 2, 1]])
+
+
+def _kept(row, k):
+    return X[row][IDS[row] == k].astype(np.float64)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_sums_counts_and_means_by_id_are_those_of_the_entries_alone(wrap):
+    """Catches an entry that is counted for another id, another row, or although its id is -1."""
+    x = jnp.asarray(X)
+    total, mean = (wrap(lambda x, f=f: f(x, IDS, 4))(x) for f in (masked.total_by, masked.mean_by))
+    count = wrap(lambda ids: masked.count_by(ids, 4))(jnp.asarray(IDS))
+    for row in range(4):
+        for k in range(4):
+            kept = _kept(row, k)
+            assert count[row, k] == len(kept)
+            np.testing.assert_allclose(total[row, k], kept.sum(), rtol=1e-6, atol=1e-7)
+            want = kept.mean() if len(kept) else 0.0
+            np.testing.assert_allclose(mean[row, k], want, rtol=1e-6, atol=1e-7)
+
+
+def test_deviations_by_id_are_those_of_numpy():
+    """Catches a variance over n where n - 1 was asked, or a mean of another id."""
+    for ddof in (0, 1):
+        deviation, variance = masked.deviations_by(jnp.asarray(X), IDS, 4, ddof=ddof)
+        assert not deviation[IDS < 0].any()
+        for row in range(4):
+            for k in range(4):
+                kept = _kept(row, k)
+                near = dict(rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(
+                    np.asarray(deviation[row])[IDS[row] == k],
+                    kept - (kept.mean() if len(kept) else 0),
+                    **near,
+                )
+                want = kept.var(ddof=ddof) if len(kept) > ddof else 0.0
+                np.testing.assert_allclose(variance[row, k], want, **near)
+
+
+def test_equal_values_deviate_by_exactly_nothing_however_large():
+    """Catches the rounding of a mean: three times 1e6 + 0.1 add up to what is not three times it.
+
+    Divided by a standard deviation of the same size, that rounding becomes advantages of 1.
+    """
+    x = jnp.asarray(np.float32([1e6 + 0.1] * 3 + [0.1] * 7 + [3e38] * 2))
+    ids = np.array([0] * 3 + [1] * 7 + [2] * 2)
+    deviation, variance = masked.deviations_by(x, ids, 3)
+    assert not deviation.any() and not variance.any()
+
+
+def test_a_large_common_offset_costs_no_digits():
+    """Catches a variance that is the difference of two large numbers."""
+    x = jnp.asarray(np.float32([2**23, 2**23 + 1, 2**23 + 5]))
+    deviation, variance = masked.deviations_by(x, np.zeros(3, int), 1)
+    np.testing.assert_allclose(deviation, [-2, -1, 3], rtol=1e-6)
+    np.testing.assert_allclose(variance, [7.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_entry_without_id_reaches_neither_value_nor_gradient(bad):
+    """Catches 0 * NaN, and a NaN that leaks from one id into another."""
+    x = jnp.where(IDS < 0, bad, jnp.asarray(X))
+    for f in (
+        lambda x: masked.total_by(x, IDS, 4),
+        lambda x: masked.mean_by(x, IDS, 4),
+        lambda x: jnp.square(masked.deviations_by(x, IDS, 4)[0]),
+        lambda x: masked.deviations_by(x, IDS, 4)[1],
+    ):
+        value, gradient = jax.value_and_grad(lambda x: f(x).sum())(x)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+        assert not np.asarray(gradient)[IDS < 0].any()
+        other = np.asarray(f(jnp.asarray(X).at[0, 0].set(jnp.nan)))
+        assert np.isnan(other[0]).any() and np.isfinite(other[1:]).all()
+
+
+def test_spread_gives_each_entry_the_value_of_its_id():
+    """Catches -1 read as the last value, and the transpose: the gradient is the sum by id."""
+    values = jnp.array([[1.0, 2.0, 3.0, jnp.nan]] * 4).at[3, 3].set(7.0)
+    out = masked.spread(values, IDS)
+    np.testing.assert_array_equal(out[0], [1, 3, 0, 3, 1, 1, 3])
+    np.testing.assert_array_equal(out[2], np.zeros(7))
+    np.testing.assert_array_equal(out[3], [7, 1, 7, 2, 1, 3, 2])
+    weights = jnp.asarray(X)
+    gradient = jax.grad(lambda v: (masked.spread(v, IDS) * weights).sum())(values)
+    np.testing.assert_allclose(gradient, masked.total_by(weights, IDS, 4), rtol=1e-6, atol=1e-7)
+
+
+def test_an_id_beyond_the_number_given_is_refused():
+    """Catches answers that vanish without a word because num_groups was too small."""
+    with pytest.raises(ValueError, match=r"ids must lie below 3, .* received 3"):
+        masked.total_by(jnp.asarray(X), IDS, 3)

@@ -1,48 +1,56 @@
-"""Texts to imitate: conversations, or prompts with a completion, as records and as trees.
+"""Texts to imitate: conversations, prompts with a completion, or plain text, as records and trees.
 
-Only the assistant's tokens are supervised, with the end token that closes each of its turns.
+Only the assistant's tokens are supervised, with the end token that closes each of its turns. Of
+plain text all are.
 """
 
-import warnings
-
 from jaxreward.data import sources, templates
-from jaxreward.data.formats import Bad
-from jaxreward.data.tokenize import AnswerTooLong, Tree, chosen_template, encode_tree
+from jaxreward.data.formats import Bad, show
+from jaxreward.data.tokenize import AnswerTooLong, Tree, chosen_template, encode_tree, shortened
 
-_FORMS = "messages, or prompt and completion"
+_FORMS = "messages, or prompt and completion, or text"
 
 
-def read(path, *, on_bad="error"):
+def read(path, *, on_bad="error", corpus=None):
     """Reads conversations to learn from.
 
     A row has `messages`, a list of {"role", "content"} with at least one of the assistant's after
     something to answer; or `prompt` (str or messages) and `completion` (str, or messages that begin
-    and end with the assistant's). `id` (str or int) is optional.
+    and end with the assistant's); or neither but `text` (str), which is learnt whole. `id` (str or
+    int) is optional. A row whose `label` is false is an answer not to imitate, and refused.
 
     Args:
-      path: File, or "-" for standard input.
+      path: As `formats.rows`.
       on_bad: "error" stops at the first row that cannot be used, "skip" leaves such rows out,
         counts them by reason and warns once.
+      corpus: As `sources.read_pairs`; `corpora.chosen` makes conversations of preference pairs.
 
     Returns:
       (records, report). Records are dict(id, prompt, completion): of `messages`, the prompt is what
-      comes before the assistant's first. The report is dict(read=int, kept=int,
+      comes before the assistant's first, of `text` it is "". The report is dict(read=int, kept=int,
       skipped={reason: int}).
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field, what was expected and what came; or when no row is left.
     """
-    return sources.read_rows(path, _record, what="conversation", on_bad=on_bad)
+    return sources.read_rows(path, _record, what="conversation", on_bad=on_bad, corpus=corpus)
 
 
 def _record(row, number):
     name = sources.id_of(row, number)
     have = {k for k in ("messages", "prompt", "completion") if row.get(k) is not None}
+    if row.get("label") is False:
+        raise Bad("is false: an answer not to imitate", field="label")
+    if not have and row.get("text") is not None:
+        text = sources.text_of(row, "text")
+        if not isinstance(text, str) or not text:
+            raise Bad("must be str and not empty", field="text", came=show(text))
+        return {"id": name, "prompt": "", "completion": text}
     if have == {"messages"}:
         messages = _plain(sources.text_of(row, "messages"))
         if isinstance(messages, str):
-            raise Bad("must be a list of messages", field="messages", came=repr(messages)[:60])
+            raise Bad("must be a list of messages", field="messages", came=show(messages))
         first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
         if not first:
             raise Bad(
@@ -54,7 +62,8 @@ def _record(row, number):
         # What follows the last answer is not learnt, so it is not read either.
         return {"id": name, "prompt": messages[:first], "completion": messages[first : last + 1]}
     if have != {"prompt", "completion"}:
-        raise Bad(f"a row needs {_FORMS}", came=", ".join(sorted(row)) or "no field")
+        hint = "; data.corpus=chosen.completions learns what was chosen" * ("chosen" in row)
+        raise Bad(f"a row needs {_FORMS}{hint}", came=", ".join(sorted(row)) or "no field")
     prompt, completion = (_plain(sources.text_of(row, k)) for k in ("prompt", "completion"))
     if not isinstance(completion, str):
         ends = [completion[0]["role"], completion[-1]["role"]]
@@ -93,7 +102,8 @@ def encode(tokenizer, records, *, template="auto", max_len=None, on_long="error"
 
     A chat template renders a conversation of several turns once, and all of the assistant's are
     supervised. Plain text has no end of a turn to stop at, so there each turn of the assistant is
-    a tree of its own.
+    a tree of its own. A completion to an empty prompt is text without a dialogue, and encoded as
+    plain whatever the template: BOS if the tokenizer adds one, the text, and EOS.
 
     Args:
       tokenizer: Tokenizer.
@@ -120,9 +130,15 @@ def encode(tokenizer, records, *, template="auto", max_len=None, on_long="error"
     skipped = 0
     for record in records:
         prompt, completion = record["prompt"], record["completion"]
+        whole = prompt == "" and isinstance(completion, str)
         try:
             tree = encode_tree(
-                tokenizer, prompt, [completion], template=template, max_len=max_len, id=record["id"]
+                tokenizer,
+                prompt,
+                [completion],
+                template="plain" if whole else template,
+                max_len=max_len,
+                id=record["id"],
             )
         except ValueError as error:
             long = isinstance(error, AnswerTooLong)
@@ -132,22 +148,5 @@ def encode(tokenizer, records, *, template="auto", max_len=None, on_long="error"
             kind = AnswerTooLong if long else ValueError
             raise kind(f"conversation {record['id']!r}: {error}") from error
         trees.append(tree)
-    if not trees:
-        raise ValueError(
-            f"no conversation is left of {len(records)}: {skipped} were longer than max_len "
-            f"{max_len}; raise data.max_len"
-        )
-    cut = [tree.truncated for tree in trees if tree.truncated]
-    if cut or skipped:
-        warnings.warn(
-            f"max_len {max_len}: {len(cut)} of {len(trees)} conversations lost their beginning "
-            f"({sum(cut)} tokens), {skipped} were skipped as too long",
-            stacklevel=2,
-        )
-    return trees, {
-        "trees": len(trees),
-        "tokens": sum(int(loss.sum()) for tree in trees for loss in tree.loss),
-        "truncated": len(cut),
-        "dropped_tokens": sum(cut),
-        "skipped": skipped,
-    }
+    report = shortened(trees, skipped, max_len, total=len(records), what="conversation")
+    return trees, {"tokens": sum(int(loss.sum()) for t in trees for loss in t.loss), **report}

@@ -271,13 +271,13 @@ def tfds_folder(path):
         folder = max(wanted, key=lambda p: [int(x) for x in p.name.split(".")])
         return folder, parts["split"] or "train"
     if versions:
-        found = f"holds the versions {_few(sorted(p.name for p in versions))}"
+        found = f"holds the versions {_few(sorted(p.name for p in versions))}."
     elif inside:
-        found = f"holds the configs {_few(sorted(p.name for p in inside))}"
+        found = f"holds the configs {_few(sorted(p.name for p in inside))}."
     else:
-        found = f"is not there{_near(parts['name'], beside)}"
+        found = f"is not there{_near(parts['name'], beside) or '.'}"
     raise FileNotFoundError(
-        f"{path} is not prepared: {root / named} {found}. Set TFDS_DATA_DIR, or prepare it where "
+        f"{path} is not prepared: {root / named} {found} Set TFDS_DATA_DIR, or prepare it where "
         f"TensorFlow is installed: tfds build {named} --data_dir={root} --file_format=array_record"
     )
 

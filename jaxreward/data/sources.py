@@ -275,15 +275,7 @@ def _pair(row, number):
                     f"read with data.corpus={name} (--corpus {name})",
                     field="chosen",
                 )
-    chosen, rejected = (text_of(row, name) for name in ("chosen", "rejected"))
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise formats.Bad(
-            "chosen and rejected must both be str or both be messages",
-            field="rejected",
-            came=f"{type(chosen).__name__} and {type(rejected).__name__}",
-        )
-    prompt = None if row.get("prompt") is None else text_of(row, "prompt")
-    prompt, (chosen, rejected) = _parted(prompt, [chosen, rejected], ["chosen", "rejected"])
+    prompt, (chosen, rejected) = parted(row, ["chosen", "rejected"])
     if chosen == rejected:
         raise formats.Bad("identical answers", field="rejected")
     record = {"id": id_of(row, number), "prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -314,8 +306,7 @@ def answer_of(row, number):
         names, prompt = ["chosen", "rejected"], pair["prompt"]
         answers = [pair["chosen"], pair["rejected"]]
     elif len(names) == 1:
-        prompt = None if row.get("prompt") is None else text_of(row, "prompt")
-        prompt, answers = _parted(prompt, [text_of(row, names[0])], names)
+        prompt, answers = parted(row, names)
     else:
         raise formats.Bad(
             f"needs exactly one of {', '.join(ANSWER_FIELDS)}, or chosen and rejected",
@@ -331,15 +322,24 @@ def answer_of(row, number):
     }
 
 
-def _parted(prompt, answers, names):
-    """Takes the shared dialogue off the front of the answers; returns (prompt, answers)."""
+def parted(row, names):
+    """(prompt, answers) of the fields `names`, one or two: what they begin with in common is taken
+    off, and is the prompt if the row gives none. Raises `formats.Bad`."""
+    answers = [text_of(row, name) for name in names]
+    if len({type(answer) for answer in answers}) > 1:
+        raise formats.Bad(
+            f"{' and '.join(names)} must both be str or both be messages",
+            field=names[1],
+            came=" and ".join(type(answer).__name__ for answer in answers),
+        )
+    prompt = None if row.get("prompt") is None else text_of(row, "prompt")
     if isinstance(answers[0], str):
         if prompt is not None:
             return prompt, answers
         if not all(hh_rlhf.is_dialogue(answer) for answer in answers):
             raise formats.Bad(
-                "missing; give a prompt, or answers as messages or HH-RLHF dialogues "
-                'that begin with "\\n\\nHuman:"',
+                "missing; give a prompt, or answers as messages or HH-RLHF dialogues that begin "
+                'with "\\n\\nHuman:", or pairs that begin alike with data.corpus=implicit.pairs',
                 field="prompt",
             )
         try:
@@ -393,6 +393,28 @@ def id_of(row, number):
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise formats.Bad("must be str or int", field="id", came=formats.show(value))
     return str(value)
+
+
+def number_of(row, field, *, needed=True):
+    """The finite float in a field, or None where it may be missing. Raises `formats.Bad`."""
+    if row.get(field) is not None:
+        return formats.number(row[field], field)
+    if needed:
+        raise formats.Bad("missing", field=field)
+    return None
+
+
+def preferred(row, field, first, second):
+    """(chosen, rejected, margin) of a row with one preference from -3, which is all for the answer
+    in the field `first`, to 3, all for `second`. Raises `formats.Bad`, also for a tie."""
+    answers = text_of(row, first), text_of(row, second)
+    strength = number_of(row, field)
+    if not strength:
+        raise formats.Bad("tie", field=field)
+    if abs(strength) > 3:
+        raise formats.Bad("must be from -3 to 3", field=field, came=formats.show(strength))
+    chosen, rejected = answers if strength < 0 else answers[::-1]
+    return chosen, rejected, abs(strength)
 
 
 def label_of(row, field):

@@ -1,12 +1,14 @@
 """Conversations: what a file may hold, which tokens are learnt, what is held out."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from jaxreward import testing
-from jaxreward.data import conversations, tokenize
+from jaxreward.data import conversations, sources, tokenize
+from jaxreward.data.corpora import chosen
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -61,11 +63,24 @@ def test_both_forms_become_records(file):
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        ({"prompt": "x"}, " a row needs messages, or prompt and completion; received prompt"),
+        ({"prompt": "x"}, " a row needs messages, or prompt and completion, or text; .* prompt"),
+        ({"prompt": "x", "text": "y"}, " a row needs .*; received prompt, text"),
+        ({"text": ""}, "text: must be str and not empty; received str ''"),
+        ({"text": CHAT}, "text: must be str and not empty; received list"),
+        ({"text": 3}, "text: must be str or a list.*int 3"),
+        ({"text": "a\0b"}, "text: holds a NUL character"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, " .*data.corpus=chosen.completions"),
+        ({"prompt": "x", "completion": "y", "label": False}, "label: is false: an answer not to"),
+        (
+            {"messages": [*CHAT[:2], {**CHAT[2], "tool_calls": [{}]}]},
+            r"messages\[2\]\.tool_calls: is",
+        ),
+        ({"messages": [*CHAT[:2], {**CHAT[2], "content": [{}]}]}, r"messages\[2\]: .* str content"),
+        ({"messages": CHAT, "tools": [{"name": "f"}]}, "tools: is not read, only text is"),
         ({"prompt": "x", "completion": "y", "messages": CHAT}, ".*received completion, messages"),
         ({"messages": CHAT[:2]}, "messages: .* of the assistant; received the roles system, user"),
         ({"messages": CHAT[2:]}, "messages: .*something to answer .* received the roles assistant"),
-        ({"messages": "hi"}, "messages: must be a list of messages; received 'hi'"),
+        ({"messages": "hi"}, "messages: must be a list of messages; received str 'hi'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]: message must have a str content"),
         ({"prompt": "x", "completion": CHAT[3:5]}, "completion: must begin and end .* user and as"),
         ({"prompt": 3, "completion": "y"}, "prompt: must be str or a list of messages.*int 3"),
@@ -85,7 +100,7 @@ def test_a_bad_row_is_named(file, row, text):
 def test_nothing_left_is_an_error(file):
     """Catches an empty training set, and an unknown word for what to do."""
     with pytest.raises(ValueError, match="no usable conversation in 1 lines"):
-        conversations.read(file({"text": "x"}), on_bad="skip")
+        conversations.read(file({"texts": "x"}), on_bad="skip")
     with pytest.raises(ValueError, match="on_bad must be"):
         conversations.read("x", on_bad="ignore")
 
@@ -110,6 +125,54 @@ def test_plain_text_learns_turn_by_turn(tokenizer, file):
     assert b"2+2?" in tokenizer.decode(trees[1].prompt).encode()
 
 
+def test_plain_text_is_learnt_whole(tokenizer, file):
+    """Catches a chat template around a text that is no dialogue, and a text learnt in part."""
+    rows = [{"text": "Once"}, {"text": "upon", "messages": CHAT}, {"prompt": "", "completion": "a"}]
+    records, report = conversations.read(file(*rows))
+    assert records[0] == {"id": "1", "prompt": "", "completion": "Once"}
+    assert records[1]["prompt"] == CHAT[:2] and report["kept"] == 3
+    for template in ("auto", "chat", "plain"):
+        trees, _ = conversations.encode(tokenizer, records[::2], template=template)
+        assert [learnt(tokenizer, tree) for tree in trees] == ["Once<|im_end|>", "a<|im_end|>"]
+        assert [tree.size for tree in trees] == [5, 2]
+
+
+def test_plain_text_has_the_beginning_that_the_tokenizer_adds(tokenizer, file):
+    """Catches a text without BOS, whose first token nothing predicts, and a BOS that is learnt."""
+    adds = dataclasses.replace(tokenizer, adds_bos=True)
+    records, _ = conversations.read(file({"text": "Once"}))
+    (tree,), _ = conversations.encode(adds, records)
+    assert tree.prompt.tolist() == [tokenizer.bos_id]
+    assert learnt(tokenizer, tree) == "Once<|im_end|>"
+
+
+def test_texts_are_held_out_one_by_one(file):
+    """Catches plain texts that fall on one side together, as they share the empty prompt."""
+    records, _ = conversations.read(file(*({"text": f"text {i % 40}"} for i in range(80))))
+    train, held = sources.by_prompt(records, 0.3, 1)
+    assert 4 <= len(held) <= 48
+    assert not {r["completion"] for r in train} & {r["completion"] for r in held}
+
+
+def test_what_was_chosen_can_be_learnt(file):
+    """Catches the rejected answer, or the prompt twice, among what is learnt of pairs."""
+    path = file(
+        {"id": "x", "prompt": "q", "chosen": "a", "rejected": "b", "margin": 1},
+        {"chosen": CHAT[:3], "rejected": [*CHAT[:2], {"role": "assistant", "content": "3"}]},
+        {"prompt": CHAT[1]["content"], "chosen": CHAT[:3]},
+        {"prompt": "q", "rejected": "b"},
+    )
+    with pytest.raises(ValueError, match=r"chats\.jsonl:4:chosen: missing"):
+        conversations.read(path, corpus=chosen.completions)
+    with pytest.warns(UserWarning, match="skipped 1 of 4 rows of the corpus"):
+        records, _ = conversations.read(path, corpus=chosen.completions, on_bad="skip")
+    assert records == [
+        {"id": "x", "prompt": "q", "completion": "a"},
+        {"id": "2", "prompt": CHAT[:2], "completion": CHAT[2:3]},
+        {"id": "3", "prompt": CHAT[:2], "completion": CHAT[2:3]},
+    ]
+
+
 def test_too_long(tokenizer, file):
     """Catches a completion that is cut, and rows that vanish without a count."""
     records, _ = conversations.read(
@@ -117,7 +180,7 @@ def test_too_long(tokenizer, file):
     )
     with pytest.raises(tokenize.AnswerTooLong, match="conversation '2': the answer takes"):
         conversations.encode(tokenizer, records, max_len=40)
-    with pytest.warns(UserWarning, match=r"1 of 1 conversations lost .* 1 were skipped"):
+    with pytest.warns(UserWarning, match=r"1 of 1 prompts lost .* 1 conversations were skipped"):
         (tree,), report = conversations.encode(tokenizer, records, max_len=40, on_long="skip")
     assert learnt(tokenizer, tree) == "yes<|im_end|>" and tree.size == 40
     assert (report["skipped"], report["truncated"]) == (1, 1)

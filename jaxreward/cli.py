@@ -121,6 +121,30 @@ def generate(args):
     )
 
 
+def data(args):
+    """Look at a data file before training: examples as tokens, lengths, duplicates."""
+    if not args.model and (args.max_len or args.template != "auto"):
+        raise UsageError("--max_len and --template are about tokens; give --model HF_FOLDER too")
+    with _usage():
+        corpus = resolve("data.corpora", args.corpus) if args.corpus else None
+    from jaxreward.data import inspection, inspection_text, tokenize
+
+    found = inspection.inspect(
+        args.file,
+        tokenizer=tokenize.load_tokenizer(args.model) if args.model else None,
+        kind=args.kind,
+        corpus=corpus,
+        template=args.template,
+        max_len=args.max_len,
+        show=args.show,
+        other=args.overlap,
+        limit=args.limit,
+    )
+    text = inspection_text.render(found, colour=_coloured(sys.stdout))
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
+
+
 def import_model(args):
     """Bring a model into a Hugging Face folder that the other commands read."""
     if bool(args.folder) == bool(args.source):
@@ -179,6 +203,7 @@ _COMMANDS = {
         "jaxreward generate --model models/smollm2 --input prompts.jsonl \\\n"
         "    --output answers.jsonl --n 4 --temperature 0.8",
     ),
+    "data": (data, "jaxreward data pairs.jsonl --model models/smollm2 --max_len 512"),
     "import": (import_model, "jaxreward import --from smollm2 --out models/smollm2"),
     "export": (export, "jaxreward export --model runs/bt --out models/bt"),
     "verify": (verify, "jaxreward verify models/smollm2"),
@@ -218,6 +243,26 @@ def _flags(command, add):
         add("--max_new", type=_positive, default=64, help="tokens at most (default: %(default)s)")
         add("--seed", type=int, default=0, help="default: %(default)s")
         add("--batch", type=_positive, default=64, help="answers at a time (default: %(default)s)")
+    if command == "data":
+        add("file", type=Path, metavar="FILE", help="JSON Lines, Parquet, ArrayRecord or tfds:NAME")
+        add("--model", type=Path, metavar="HF_FOLDER", help="its tokenizer; else by characters")
+        add(
+            "--kind",
+            choices=["auto", "pairs", "chats", "prompts"],
+            default="auto",
+            help="what a row is (default: %(default)s, from the fields)",
+        )
+        add("--corpus", metavar="NAME", help="maps the fields, as data.corpus in a config")
+        add("--template", default="auto", help="auto, chat or plain (default: %(default)s)")
+        add("--max_len", type=_positive, metavar="N", help="tokens of prompt and answer at most")
+        add("--show", type=int, default=2, metavar="N", help="examples (default: %(default)s)")
+        add("--overlap", type=Path, metavar="FILE2", help="look for its prompts in FILE")
+        add(
+            "--limit",
+            type=_positive,
+            metavar="N",
+            help="usable rows of FILE at most",
+        )
     if command == "import":
         add("folder", nargs="?", type=Path, metavar="HF_FOLDER", help="a Hugging Face folder")
         add("--from", dest="source", choices=["smollm2"], help="a model from an installed package")
@@ -318,6 +363,12 @@ def _split_overrides(argv, fail):
 
 
 # Helpers of the commands
+
+
+def _coloured(stream):
+    """Whether colour can be shown and nobody has asked for none (https://no-color.org)."""
+    asked = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return asked and stream.isatty()
 
 
 def _batch(args):

@@ -404,3 +404,84 @@ def test_generate_refuses_to_be_one_of_several(monkeypatch, capsys):
     argv = ["generate", "--model", "m", "--input", "a.jsonl", "--output", "b.jsonl"]
     assert cli.main(argv) == 2
     assert "generate runs in one process" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    """Three rows, one of which is no pair."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "p2"}]))
+    return path
+
+
+def test_data_shows_a_file_with_and_without_a_model(pairs_file, tiny_folder, capsys):
+    """Catches flags that are parsed and dropped, and escapes where there is no terminal."""
+    assert cli.main(["data", str(pairs_file), "--kind", "pairs"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "Lengths in characters" in out and "3 rows, 2 kept, 1 skipped" in out
+    argv = ["data", str(pairs_file), "--model", str(tiny_folder), "--max_len", "23", "--show", "1"]
+    more = ["--overlap", str(pairs_file), "--limit", "1", "--template", "chat"]
+    assert cli.main([*argv, *more]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "\x1b" not in out
+    for part in (
+        "⟦yes<|im_end|>⟧↵",
+        "chat template, tokenizer of",
+        "Cut off at --max_len 23",
+        "--limit 1 stopped it there",
+        "1.  id 1",
+        "1 (50.0 %), ids there = here: 1 = 1",
+    ):
+        assert part in out
+
+
+def test_data_reads_through_a_corpus(tmp_path, capsys):
+    """Catches a name that is not looked up among the corpora, or not passed on."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "p"}\n')
+    corpus = sys.modules[__name__]
+    assert cli.main(["data", str(path), "--corpus", f"{corpus.__name__}:questions"]) == 0
+    assert "1 prompt" in capsys.readouterr().out
+    assert cli.main(["data", str(path), "--corpus", "hh_rlf.x"]) == 2
+    assert "data.corpora: no module 'hh_rlf'" in capsys.readouterr().err
+
+
+def questions(rows):
+    """A corpus for the test above."""
+    return ((number, {"prompt": row["q"]}) for number, row in rows)
+
+
+@pytest.mark.parametrize(
+    ("variables", "coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
+)
+def test_data_is_coloured_on_a_terminal_unless_told_not_to(
+    pairs_file, monkeypatch, capsys, variables, coloured
+):
+    """Catches escapes that somebody has switched off, and a colour that is never shown."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["data", str(pairs_file)]) == 0
+    assert ("\x1b[" in capsys.readouterr().out) is coloured
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "text"),
+    [
+        (["--max_len", "8"], 2, "--max_len and --template are about tokens; give --model"),
+        (["--template", "chat"], 2, "--max_len and --template are about tokens; give --model"),
+        (["--kind", "pair"], 2, "argument --kind: invalid choice: 'pair'"),
+        (["--kind", "chats"], 1, "holds no usable conversation in 3 lines"),
+        (["--overlap", "nope.jsonl"], 1, "data file nope.jsonl does not exist"),
+        (["--model", "nope"], 1, "nope must hold tokenizer.json"),
+    ],
+)
+def test_data_says_what_is_wrong(pairs_file, capsys, more, code, text):
+    """Catches a traceback, a wrong exit code, and half a report before an error."""
+    assert cli.main(["data", str(pairs_file), *more]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and text in err and "Traceback" not in err

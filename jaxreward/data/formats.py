@@ -287,19 +287,17 @@ def _tfds(path):
     import tensorflow_datasets as tfds
 
     try:
-        # Features are classes that are imported by the name which the file gives.
-        for found in re.findall(r'"pythonClassName": *"([^"]*)"', _features(folder)):
-            if not found.startswith("tensorflow_datasets."):
-                raise ValueError(f"features.json names {found}, a class that is not TFDS's own")
+        text = (folder / "features.json").read_text(encoding="utf-8")
+        json.loads(text, object_hook=_only_own_classes)
         builder = tfds.builder_from_directory(folder)
         source = builder.as_data_source(split)
         count, features = len(source), builder.info.features
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except Exception as error:  # TFDS, protobuf and ArrayRecord have no error in common
         raise ValueError(f"{path}: cannot be read from {folder} ({_first(error)})") from error
     for start in range(0, count, _ROWS):
         try:
             records = source.__getitems__(list(range(start, min(count, start + _ROWS))))
-        except (ValueError, RuntimeError, OSError, ImportError, IndexError) as error:
+        except Exception as error:
             raise ValueError(
                 f"{path}:{start + 1}: cannot be read from {folder} ({_first(error)}); prepare it "
                 "again"
@@ -308,14 +306,17 @@ def _tfds(path):
             try:
                 yield number, _from_tfds(record, features)
             except UnicodeDecodeError as error:
-                yield (
-                    number,
-                    Bad("text must be UTF-8", came=f"byte {error.object[error.start]:#04x}"),
-                )
+                came = f"byte {error.object[error.start]:#04x}"
+                yield number, Bad("text must be UTF-8", came=came)
 
 
-def _features(folder):
-    return (folder / "features.json").read_text(encoding="utf-8")
+def _only_own_classes(entry):
+    # TFDS imports the classes of features by the names that the file gives.
+    for key in ("pythonClassName", "python_class_name", "type"):
+        found = entry.get(key)
+        if isinstance(found, str) and not found.startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json names {found}, a class that is not of TFDS itself")
+    return entry
 
 
 def _from_tfds(value, feature):

@@ -17,12 +17,17 @@ from pathlib import Path
 
 from jaxreward import __version__
 from jaxreward.core.resolve import near, resolve
+from jaxreward.train import writers
 
 STOPPED = "JAXREWARD_STOPPED_EXIT"
 # Keys of a config that may differ from those of the run being resumed: they change when something
 # is written or given up, not what is computed. train.steps may grow as well.
 _MAY_CHANGE = tuple(
-    f"train.{key}" for key in ("log_every", "save_every", "eval_every", "keep", "max_skipped")
+    f"train.{key}"
+    for key in (
+        *("log_every", "save_every", "eval_every", "keep", "max_skipped"),
+        *("tensorboard", "wandb", "profile_from", "profile_steps"),
+    )
 )
 
 
@@ -257,12 +262,7 @@ def _flags(command, add):
         add("--max_len", type=_positive, metavar="N", help="tokens of prompt and answer at most")
         add("--show", type=int, default=2, metavar="N", help="examples (default: %(default)s)")
         add("--overlap", type=Path, metavar="FILE2", help="look for its prompts in FILE")
-        add(
-            "--limit",
-            type=_positive,
-            metavar="N",
-            help="usable rows of FILE at most",
-        )
+        add("--limit", type=_positive, metavar="N", help="usable rows of FILE at most")
     if command == "import":
         add("folder", nargs="?", type=Path, metavar="HF_FOLDER", help="a Hugging Face folder")
         add("--from", dest="source", choices=["smollm2"], help="a model from an installed package")
@@ -279,6 +279,12 @@ def _flags(command, add):
     if command == "report":
         add("--workdir", type=Path, required=True, metavar="DIR", help="workdir of a run")
         add("--out", type=Path, metavar="FILE", help="default: report.html in the workdir")
+    add(
+        "--log_level",
+        choices=writers.LEVELS,
+        default="info",
+        help="what is printed beside results (default: %(default)s)",
+    )
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -418,17 +424,19 @@ def _stopped_code():
 
 def _check_resume(path, changed):
     """Refuses to go on with a run under another config than the one it was started with."""
+    from jaxreward import presets
+
     refused = {}
     for key, (old, new) in changed.items():
         # 0 steps means "by epochs", which is no number to compare with.
         counts = isinstance(old, int) and isinstance(new, int)
         longer = key == "train.steps" and counts and 0 < old < new
-        if key not in _MAY_CHANGE and not longer:
+        # A key that is newer than the run, at the value that stands for how it was before.
+        neutral = old == presets.ABSENT and (not new or new == "none")
+        if key not in _MAY_CHANGE and not longer and not neutral:
             refused[key] = (old, new)
     if not refused:
         return
-    from jaxreward import presets
-
     lines = [
         f"  {key}: {presets.spell(old)} there, {presets.spell(new)} now"
         for key, (old, new) in refused.items()
@@ -482,7 +490,8 @@ def main(argv=None):
         return stop.code or 0
     where = f"jaxreward {args.command}"
     try:
-        code = _COMMANDS[args.command][0](args)
+        with writers.log_level(args.log_level):
+            code = _COMMANDS[args.command][0](args)
     except KeyboardInterrupt:
         print(f"{where}: interrupted", file=sys.stderr)
         return 130

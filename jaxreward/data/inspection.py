@@ -214,12 +214,7 @@ def read(path, kind, *, corpus=None, limit=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report says it all
         records, report = sources.read_rows(
-            path,
-            noted,
-            what=what,
-            on_bad="skip",
-            limit=limit,
-            corpus=corpus,
+            path, noted, what=what, on_bad="skip", limit=limit, corpus=corpus
         )
     if report["skipped"].keys() - places.keys():  # of rows that were not even parsed
         for number, row in itertools.islice(_rows(path, corpus), report["read"]):

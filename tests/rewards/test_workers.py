@@ -231,12 +231,12 @@ def test_a_reward_finds_its_process_as_it_was(module):
     assert graded.printed[2] == "read good\n"
 
 
-def test_what_a_reward_has_started_ends_with_its_child(module):
-    """Catches processes that pile up, one a dead child."""
+def test_what_a_reward_has_started_ends(module):
+    """Catches processes that pile up: one of a dead child, and a fork that goes its own way."""
     with Workers({"odd": module.odd}, workers=1) as workers:
-        with pytest.warns(UserWarning, match="exited with code 0"):
-            graded = workers.grade([("p", "orphan", {})])["odd"]
-    await_end([int(graded.printed[0])], 2.0)
+        with pytest.warns(UserWarning, match=r"failed on 1 of 2 .* exited with code 0"):
+            graded = workers.grade([("p", "orphan", {}), ("p", "fork", {})])["odd"]
+        await_end([int(printed.split()[0]) for printed in graded.printed], 2.0)
 
 
 def test_order_and_names(small):

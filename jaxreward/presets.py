@@ -94,6 +94,69 @@ def base(arg="", **words):
     )
 
 
+def decoder(
+    head,
+    *,
+    train="top",
+    top_layers=6,
+    outputs=None,
+    output_weights=(),
+    head_hidden=0,
+    head_dropout=0.0,
+):
+    """One entry of `models`: a decoder and its head.
+
+    Args:
+      head: "lm", a language model; "scalar", a reward; "scores", a number for each of `outputs`;
+        "classes", one of `outputs`.
+      train: "all", "lora", "top" (the last `top_layers` and the head) or "head".
+      top_layers: Upper layers that are trained ("top") or adapted ("lora"; 0 = every layer).
+      outputs, output_weights: Names of a head's numbers, and what each weighs in the reward; ()
+        takes the default of the head (`models.heads.reward`).
+      head_hidden, head_dropout: Width of a hidden layer of a reward's head (0: linear), and the
+        share of its inputs that training drops.
+    """
+    model = {
+        "family": "decoder",
+        "init": "hf:models/smollm2",
+        "head": head,
+        "train": train,
+        "top_layers": top_layers,
+        "lora_rank": 0,
+        "lora_alpha": 16.0,
+        "lora_targets": ".*/(q|k|v|o|gate|up|down)/kernel",
+    }
+    if head != "lm":
+        model |= {"head_hidden": head_hidden, "head_dropout": float(head_dropout)}
+    if outputs is not None:
+        model |= {"outputs": tuple(outputs), "output_weights": tuple(output_weights)}
+    return model
+
+
+def rows(**changes):
+    """The section `data` of recipes that read a file and pack it.
+
+    `path` and `eval_path` are files (without the second, `eval_fraction` of the prompts is held
+    out); `corpus` names a function of `data.corpora` that makes our rows of others, such as
+    "helpsteer3.pairs"; `template` is auto, chat or plain; `max_len` counts the tokens of a prompt
+    with one answer; `row_len` 0 is chosen from the data; `batch` and `eval_batch` count rows, each
+    of which packs several texts; `on_bad` is error or skip.
+    """
+    return {
+        "path": "",
+        "corpus": "",
+        "eval_path": "",
+        "template": "auto",
+        "max_len": 1024,
+        "row_len": 0,
+        "batch": 8,
+        "eval_fraction": 0.05,
+        "eval_batch": 8,
+        "on_bad": "error",
+        **changes,
+    }
+
+
 def mesh(*, data=-1, fsdp=1, context=1, expert=1, tensor=1):
     """The device mesh, axis by axis; -1 takes the devices that are left (plain data parallel)."""
     return {"data": data, "fsdp": fsdp, "context": context, "expert": expert, "tensor": tensor}
@@ -148,12 +211,19 @@ def train(
     remat="cheap",
     ema=0.0,
     max_skipped=3,
+    tensorboard=False,
+    wandb="",
+    profile_from=0,
+    profile_steps=0,
 ):
     """The training loop. `steps` above 0 wins over `epochs`; `keep` counts checkpoints.
 
     `remat` is "cheap", "full" or "none" (see `models.decoder.Config`). With `ema` above 0 a moving
     average of the parameters, of that decay, is evaluated, scored with and exported. A step with a
     number that is not finite is skipped; `max_skipped` of them in a row end the run.
+
+    `tensorboard` also writes event files, `wandb` names a project of Weights & Biases ("" for
+    none), and `profile_steps` steps from `profile_from` on are traced (see `train.tracking`).
     """
     return {
         "steps": steps,
@@ -167,6 +237,10 @@ def train(
         "remat": remat,
         "ema": ema,
         "max_skipped": max_skipped,
+        "tensorboard": tensorboard,
+        "wandb": wandb,
+        "profile_from": profile_from,
+        "profile_steps": profile_steps,
     }
 
 

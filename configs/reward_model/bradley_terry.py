@@ -27,34 +27,9 @@ def get_config(arg=""):
     """The config; `arg` knows the word smoke."""
     c = presets.base(arg)
     c.recipe = "preference"
-    c.models = dict(
-        policy=dict(
-            family="decoder",
-            init="hf:models/smollm2",
-            head="scalar",
-            head_hidden=0,  # width of a hidden layer of the head; 0: a linear head
-            head_dropout=0.0,
-            train="top",  # all | lora | top (the last top_layers and the head) | head
-            top_layers=6,
-            lora_rank=0,
-            lora_alpha=16.0,
-            lora_targets=".*/(q|k|v|o|gate|up|down)/kernel",
-        )
-    )
-    c.data = dict(
-        path="",
-        corpus="",  # how rows of another form become ours, such as helpsteer3.pairs
-        eval_path="",
-        form="pairs",
-        template="auto",
-        max_len=1024,
-        row_len=0,  # 0: chosen from the data
-        batch=8,  # rows; a row packs several pairs
-        eval_fraction=0.05,
-        eval_batch=8,
-        cache_frozen=True,  # run the frozen layers once, and train from what they gave
-        on_bad="error",
-    )
+    c.models = dict(policy=presets.decoder("scalar", train="top", top_layers=6))
+    # cache_frozen: run the frozen layers once, and train from what they gave
+    c.data = presets.rows(form="pairs", cache_frozen=True)
     # margin: none | data (the rows' own) | scores (chosen_score - rejected_score of the rows)
     c.losses = dict(bt=dict(fn="preference.bradley_terry", coef=1.0, margin="none"))
     c.optim = presets.adamw(lr=1e-4, schedule="cosine", warmup=0.03, clip=1.0, decay=0.01)

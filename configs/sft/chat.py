@@ -26,30 +26,8 @@ def get_config(arg=""):
     """The config; `arg` knows the word smoke."""
     c = presets.base(arg)
     c.recipe = "sft"
-    c.models = dict(
-        policy=dict(
-            family="decoder",
-            init="hf:models/smollm2",
-            head="lm",
-            train="all",  # all | lora | top (the last top_layers) | head (an untied one alone)
-            top_layers=0,
-            lora_rank=0,
-            lora_alpha=16.0,
-            lora_targets=".*/(q|k|v|o|gate|up|down)/kernel",
-        )
-    )
-    c.data = dict(
-        path="",
-        corpus="",  # how rows of another form become ours, such as chosen.completions
-        eval_path="",
-        template="auto",
-        max_len=1024,
-        row_len=0,  # 0: chosen from the data
-        batch=8,  # rows; a row packs several conversations
-        eval_fraction=0.05,
-        eval_batch=8,
-        on_bad="error",
-    )
+    c.models = dict(policy=presets.decoder("lm", train="all", top_layers=0))
+    c.data = presets.rows()
     c.losses = dict(ce=dict(fn="supervised.cross_entropy", coef=1.0))
     c.optim = presets.adamw(
         lr=1e-5,

@@ -18,8 +18,8 @@ def _gathered(predict, trees, names):
     width = outputs[0].shape[1] if outputs else 0
     if names and len(names) != width:
         raise ValueError(
-            f"evals: {len(names)} outputs are named ({', '.join(names)}), and the head has {width}; "
-            "give the names of models.policy.outputs"
+            f"evals: {len(names)} outputs are named ({', '.join(names)}), and the head has "
+            f"{width}; give the names of models.policy.outputs"
         )
     weight = np.concatenate([np.asarray(tree.answer_weight, np.float64) for tree in trees])
     targets = np.concatenate([np.asarray(tree.targets, np.float64) for tree in trees])
@@ -31,7 +31,8 @@ def scores(
     predict: Predict, trees: list[Tree], *, outputs: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, float]]:
     """Yields, for each output, "mse/<name>", "pearson/<name>" and "spearman/<name>" over the
-    answers whose score is known, their means "mse", "pearson" and "spearman", and "answers".
+    answers whose score is known, "auroc/<name>" where all scores are 0 or 1, the means of each
+    over the outputs under its bare name, and "answers".
 
     A correlation needs at least two answers that differ on both sides; else it is left out.
 
@@ -56,6 +57,8 @@ def scores(
         if np.ptp(got) > 0 and np.ptp(want) > 0:
             measured["pearson"] = stats.pearsonr(got, want).statistic
             measured["spearman"] = stats.spearmanr(got, want).statistic
+            if set(want) == {0.0, 1.0}:
+                measured["auroc"] = auroc(got, want == 1)
         for metric, value in measured.items():
             found.setdefault(metric, []).append(float(value))
             yield f"{metric}/{name}", float(value)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxreward import __version__
 from jaxreward.core import trees
 from jaxreward.hub import load
-from jaxreward.models import decoder, families
+from jaxreward.models import decoder, families, heads
 from jaxreward.parallel import specs as sp
 
 log = logging.getLogger(__name__)
@@ -28,11 +28,12 @@ def tensors(
 
     Args:
       cfg: The model. params: Its tree; without "head" when a score head replaces it.
-      score: Tree of the scalar head, or None for a language model.
+      score: Tree of the score head, or None for a language model. A head with a hidden layer is
+        not among the tensors: see `head_tensors`.
       dtype: Of the tensors.
     """
     flat = trees.flatten(params)
-    cast = np.dtype(dtype) if dtype != "bfloat16" else jax.numpy.bfloat16
+    cast = _cast(dtype)
     out = {}
     for entry in families.hf_table(cfg):
         if score is not None and entry.ours == "head/kernel":
@@ -41,11 +42,26 @@ def tensors(
         for layer in range(cfg.depth) if entry.layered else (0,):
             made = entry.to(leaf[layer] if entry.layered else leaf)
             out[entry.theirs.format(layer=layer)] = np.ascontiguousarray(made, cast)
-    if score is not None:
-        out["score.weight"] = np.ascontiguousarray(
-            np.asarray(jax.device_get(score["kernel"])).T, cast
-        )
+    if score is not None and "hidden" not in score:
+        out |= head_tensors(score, dtype=dtype)
     return out
+
+
+def _cast(dtype):
+    return np.dtype(dtype) if dtype != "bfloat16" else jax.numpy.bfloat16
+
+
+def head_tensors(score: PyTree, *, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """A score head by serialised name, matrices as torch has them: `score.weight`, or for a head
+    with a hidden layer `hidden.weight`, `hidden.bias`, `out.weight` and `out.bias`."""
+    flat = trees.flatten(score)
+    names = {path: path.replace("/", ".").replace("kernel", "weight") for path in flat}
+    if "kernel" in flat:
+        names["kernel"] = "score.weight"
+    return {
+        names[path]: np.ascontiguousarray(np.asarray(jax.device_get(leaf)).T, _cast(dtype))
+        for path, leaf in flat.items()
+    }
 
 
 def _eos_ids(source: Path, raw: dict) -> set[int]:
@@ -108,47 +124,56 @@ Made with jaxreward {version}. {origin}
 {protocol}
 """
 
-_SCORE_CHAT = '''import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+_SCORE = '''import torch
+from transformers import {auto}, AutoTokenizer
 
 folder = "."  # this folder, or its name on a hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-
+model = {auto}.from_pretrained(folder, dtype=torch.float32).eval()
+{logits}
 
 def score(prompt, answer):
-    """Reward of an answer (text) to a prompt (text, or a list of messages)."""
+    """{what} of an answer (text) to a prompt ({prompts})."""
+{inputs}
+    with torch.no_grad():
+        return {value}
+
+
+print(score("What is 2 + 2?", {answer!r}))'''
+
+_LOGITS = "logits = lambda inputs: model(**inputs).logits\n"
+_LOGITS_HIDDEN = """from safetensors.torch import load_file
+
+head = {k: v.float() for k, v in load_file(f"{folder}/score.safetensors").items()}
+
+
+def logits(inputs):
+    state = model(**inputs).last_hidden_state[:, -1]
+    linear = torch.nn.functional.linear
+    hidden = torch.relu(linear(state, head["hidden.weight"], head["hidden.bias"]))
+    return linear(hidden, head["out.weight"], head["out.bias"])
+"""
+_INPUTS_CHAT = """\
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     messages = messages + [{"role": "assistant", "content": answer}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    with torch.no_grad():
-        return model(**inputs).logits[0, 0].item()
-
-
-print(score("What is 2 + 2?", "4"))'''
-
-_SCORE_PLAIN = '''import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-folder = "."  # this folder, or its name on a hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def score(prompt, answer):
-    """Reward of an answer (text) to a prompt (text)."""
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")"""
+_INPUTS_PLAIN = """\
     ids = tokenizer(prompt + answer, add_special_tokens=False).input_ids
     first = {bos!r}
     if first is not None and ids[:1] != [first]:
         ids = [first] + ids
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids = ids + [tokenizer.eos_token_id]
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0, 0].item()
-
-
-print(score("What is 2 + 2?", " 4"))'''
+    inputs = {{"input_ids": torch.tensor([ids])}}"""
+_VALUES = {
+    "scalar": ("Reward", "logits(inputs)[0, 0].item()"),
+    "scores": ("Scores by name", "dict(zip({outputs}, logits(inputs)[0].tolist()))"),
+    "classes": (
+        "Probabilities of the classes",
+        "dict(zip({outputs}, logits(inputs)[0].softmax(-1).tolist()))",
+    ),
+}
 
 _GENERATE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -159,6 +184,38 @@ inputs = tokenizer("2 + 2 =", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]))"""
 
 
+def _snippet(head: heads.Config, template: str, adds_bos: int | None) -> str:
+    """Python that scores an answer with transformers alone."""
+    chat = template == "chat"
+    what, value = _VALUES[head.kind]
+    return _SCORE.format(
+        auto="AutoModel" if head.hidden else "AutoModelForSequenceClassification",
+        logits=_LOGITS_HIDDEN if head.hidden else _LOGITS,
+        what=what,
+        prompts="text, or a list of messages" if chat else "text",
+        inputs=_INPUTS_CHAT if chat else _INPUTS_PLAIN.format(bos=adds_bos),
+        value=value.format(outputs=list(head.outputs)),
+        answer="4" if chat else " 4",
+    )
+
+
+def _head_config(head: heads.Config, family: str) -> dict:
+    """What config.json says of a score head: transformers' names, and ours beside them."""
+    classes = families.FAMILIES[family].classes
+    # transformers' own name for the one number of a scorer.
+    names = ("score_0",) if head.kind == "scalar" else head.outputs
+    raw = {
+        "architectures": [f"{classes}{'Model' if head.hidden else 'ForSequenceClassification'}"],
+        "num_labels": len(names),
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    if head.kind != "scalar":
+        kinds = {"scores": "regression", "classes": "single_label_classification"}
+        raw["problem_type"] = kinds[head.kind]
+    return raw
+
+
 def write(
     out: str | Path,
     cfg: decoder.Config,
@@ -166,6 +223,7 @@ def write(
     *,
     source: str | Path,
     score: PyTree | None = None,
+    head: heads.Config = heads.SCALAR,
     template: str = "chat",
     max_len: int | None = None,
     adds_bos: int | None = None,
@@ -176,14 +234,16 @@ def write(
 ) -> Path:
     """Writes `*ForSequenceClassification` (with `score`) or `*ForCausalLM` (without).
 
-    The tokenizer, its chat template and the generation settings are copied from `source`. A scorer
+    transformers has no class for a head with a hidden layer: there the folder is the bare model,
+    with the head in score.safetensors and in the card the lines that put the two together. The
+    tokenizer, its chat template and the generation settings are copied from `source`. A scorer
     gets a pad id that differs from every end id. The folder appears whole or not at all.
 
     Args:
       out: New folder.
       cfg, params: The model, adapters merged.
       source: Folder whose tokenizer belongs to it.
-      score: Tree of the scalar head, or None.
+      score: Tree of the score head, or None. head: What it gives; ignored without `score`.
       template: How a conversation becomes text, "chat" or "plain"; recorded in config.json.
       max_len: Longest input the scores were trained on; recorded.
       adds_bos: Beginning-of-sequence id that plain text gets in front, or None.
@@ -200,6 +260,13 @@ def write(
         raise ValueError(f"cannot export dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; export into a new folder")
+    if score is not None:
+        made = {k: x.shape[-1] for k, x in trees.flatten(score).items() if k.endswith("kernel")}
+        if made.get("out/kernel", made.get("kernel")) != len(head.outputs):
+            raise ValueError(
+                f"the score head has kernels of widths {made}, and gives the outputs "
+                f"{', '.join(head.outputs)}; pass the `head` that belongs to it"
+            )
     raw = load.read_config(source)
     raw = {
         **raw,
@@ -211,25 +278,24 @@ def write(
     pad_text = None
     if score is not None:
         pad, pad_text = pad_token(source, raw)
-        raw |= {
-            "architectures": [f"{families.FAMILIES[cfg.family].classes}ForSequenceClassification"],
-            "num_labels": int(score["kernel"].shape[1]),
-            "id2label": {str(i): f"score_{i}" for i in range(score["kernel"].shape[1])},
-            "label2id": {f"score_{i}": i for i in range(score["kernel"].shape[1])},
-            "pad_token_id": pad,
-            "jaxreward": {"template": template, "max_len": max_len},
-        }
+        ours = {"template": template, "max_len": max_len}
+        if head != heads.SCALAR:
+            ours["head"] = {"kind": head.kind, "outputs": head.outputs, "weights": head.weights}
+        if head.hidden:
+            ours["pooling"] = "last token"
+        raw |= {**_head_config(head, cfg.family), "pad_token_id": pad, "jaxreward": ours}
     snippet = _GENERATE
     protocol = ""
     if score is not None:
-        snippet = _SCORE_CHAT if template == "chat" else _SCORE_PLAIN.format(bos=adds_bos)
+        snippet = _snippet(head, template, adds_bos)
         protocol = (
             "The score is read at the last token of the conversation as the chat template renders "
             "it."
             if template == "chat"
             else "The score is read at the end token after prompt and answer, joined as they are."
         )
-        protocol += " Only differences between answers to one prompt have a meaning."
+        if head.kind == "scalar":
+            protocol += " Only differences between answers to one prompt have a meaning."
         if max_len:
             protocol += f" It was trained on inputs of at most {max_len} tokens."
     card = _CARD.format(
@@ -260,6 +326,12 @@ def write(
             partial / "model.safetensors",
             metadata={"format": "pt"},
         )
+        if score is not None and "hidden" in score:
+            save_file(
+                head_tensors(score, dtype=dtype),
+                partial / load.HEAD_FILE,
+                metadata={"format": "pt"},
+            )
         (partial / "config.json").write_text(json.dumps(raw, indent=2))
         (partial / "README.md").write_text(card)
         if out.exists():

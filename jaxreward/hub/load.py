@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+HEAD_FILE = "score.safetensors"  # a head that no class of transformers has
+
 
 def read_config(folder: str | Path) -> dict:
     """The raw config.json of a model folder.
@@ -181,7 +183,7 @@ def load(
     process's shards and little more, however large the checkpoint is.
 
     Args:
-      folder: `*ForCausalLM` or `*ForSequenceClassification`.
+      folder: `*ForCausalLM`, `*ForSequenceClassification`, or a bare model with score.safetensors.
       rules: Mesh and layouts: each leaf goes to its storage sharding as soon as it is read.
       dtype: Dtype of the parameters.
 
@@ -197,14 +199,15 @@ def load(
     files = weight_files(folder)
     table = families.hf_table(cfg)
     wanted, found = _expected(table, cfg), _stored(files)
-    scorer = "score.weight" in found
+    apart = (Path(folder) / HEAD_FILE).is_file()
+    scorer = apart or "score.weight" in found
     if scorer and not cfg.tied and "lm_head.weight" not in found:
         # Sequence classification drops the language head: an untied scorer cannot generate.
         table = tuple(e for e in table if e.theirs != "lm_head.weight")
         del wanted["lm_head.weight"]
     # A tied checkpoint may store the head again; scorers bring their own; old files carry buffers.
     spare = {"lm_head.weight", *(n for n in found if n.endswith("rotary_emb.inv_freq"))}
-    if scorer:
+    if scorer and not apart:
         wanted["score.weight"] = (*found["score.weight"][:1], cfg.width)
     shaped = [f"{n} {found[n]} for {s}" for n, s in sorted(wanted.items()) if found.get(n, s) != s]
     problems = {
@@ -225,11 +228,73 @@ def load(
     params = {e.ours: _leaf(files, e, flat[e.ours], cfg.depth, dtype, rules) for e in table}
     score = None
     if scorer:
-        kernel = _tensor(files, "score.weight").astype(np.float32).T
-        described_head = heads.scalar_specs(cfg.width, scores=kernel.shape[1])["kernel"]
-        where = rules and rules.sharding(described_head.axes, kernel.shape, layout="storage")
-        score = {"kernel": hosts.put(kernel, where)}
+        score = _head(Path(folder) / HEAD_FILE if apart else files["score.weight"], cfg, rules)
     return cfg, trees.unflatten(params), score
+
+
+def _head(path: Path, cfg, rules) -> PyTree:
+    """The score head of a file: `score.weight` of a model, or all of score.safetensors."""
+    with _opened(path) as file:
+        apart = path.name == HEAD_FILE
+        stored = {n: file.get_tensor(n) for n in (file.keys() if apart else ["score.weight"])}
+    names = (
+        {"score.weight": "kernel"}
+        if not apart
+        else {
+            f"{layer}.{kind}": f"{layer}/{ours}"
+            for layer in ("hidden", "out")
+            for kind, ours in (("weight", "kernel"), ("bias", "bias"))
+        }
+    )
+    if set(stored) != set(names):
+        raise ValueError(
+            f"{path}: expected the tensors {', '.join(names)}; found {', '.join(stored)}"
+        )
+    flat = {ours: stored[theirs].astype(np.float32).T for theirs, ours in names.items()}
+    score = trees.unflatten(flat)
+    hidden = flat["hidden/bias"].shape[0] if apart else 0
+    outputs = flat["out/bias" if apart else "kernel"].shape[-1]
+    cfg_of = heads.Config("scores", tuple(map(str, range(outputs))), hidden=hidden)
+    described = heads.specs(cfg_of, cfg.width)
+    sp.check(score, described, what=f"the score head in {path}")
+    flat_specs = trees.flatten(described, is_leaf=lambda x: isinstance(x, sp.Param))
+    where = lambda p: rules and rules.sharding(p.axes, p.shape, layout="storage")
+    return trees.unflatten({n: hosts.put(x, where(flat_specs[n])) for n, x in flat.items()})
+
+
+def read_head(folder: str | Path, score: PyTree) -> heads.Config:
+    """What the score head of a folder gives, from its config.json.
+
+    An export of ours says so itself. In other folders one number is a reward; several are scores
+    where `problem_type` is "regression", and classes otherwise, as transformers has it.
+
+    Args:
+      folder: The model folder. score: Its head, from `load`.
+
+    Raises:
+      ValueError: if config.json names another number of outputs than the head has.
+    """
+    raw = read_config(folder)
+    hidden = score["hidden"]["bias"].shape[0] if "hidden" in score else 0
+    count = (score["out"]["kernel"] if hidden else score["kernel"]).shape[1]
+    ours = (raw.get("jaxreward") or {}).get("head")
+    if ours is not None:
+        cfg = heads.Config(
+            ours["kind"], tuple(ours["outputs"]), tuple(ours["weights"]), hidden=hidden
+        )
+    elif count == 1:
+        cfg = heads.Config(hidden=hidden)
+    else:
+        named = raw.get("id2label") or {}
+        names = tuple(named.get(str(i), f"LABEL_{i}") for i in range(count))
+        kind = "scores" if raw.get("problem_type") == "regression" else "classes"
+        cfg = heads.Config(kind, names, hidden=hidden)
+    if len(cfg.outputs) != count:
+        raise ValueError(
+            f"{folder}: config.json names {len(cfg.outputs)} outputs "
+            f"({', '.join(cfg.outputs)}), and the score head has {count}"
+        )
+    return cfg
 
 
 def import_folder(folder: str | Path, out: str | Path) -> Path:
@@ -252,7 +317,7 @@ def import_folder(folder: str | Path, out: str | Path) -> Path:
     partial.mkdir(parents=True)
     index = "model.safetensors.index.json"
     try:
-        for name in ("config.json", *files, index, *TOKENIZER_FILES):
+        for name in ("config.json", *files, index, HEAD_FILE, *TOKENIZER_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
         load(partial)

@@ -13,7 +13,7 @@ from jaxreward.core.types import Array
 
 
 def regression(
-    outputs: Float[Array, "... C"], targets: Float[Array, "... C"]
+    outputs: Float[Array, "... C"], targets: Float[Array, "... E"]
 ) -> Float[Array, "... C"]:
     """Squared error of each output.
 
@@ -37,7 +37,7 @@ def regression(
 
 
 def logistic(
-    outputs: Float[Array, "... C"], targets: Float[Array, "... C"]
+    outputs: Float[Array, "... C"], targets: Float[Array, "... E"]
 ) -> Float[Array, "... C"]:
     """Negative log-likelihood of independent yes-or-no labels.
 
@@ -63,7 +63,7 @@ def logistic(
 
 
 def cross_entropy(
-    outputs: Float[Array, "... C"], targets: Float[Array, "... 1"]
+    outputs: Float[Array, "... C"], targets: Float[Array, "... E"]
 ) -> Float[Array, "... 1"]:
     """Negative log-likelihood of one class.
 

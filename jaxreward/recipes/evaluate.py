@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxreward import presets
-from jaxreward.data import pairs, sources, tokenize
-from jaxreward.evals import pairwise, scorer
+from jaxreward.data import pairs, points, sources, tokenize
+from jaxreward.evals import pairwise, pointwise, scorer
 from jaxreward.hub import export as hub_export
 from jaxreward.hub import load
-from jaxreward.models import trainable
+from jaxreward.models import heads, trainable
 from jaxreward.parallel import hosts, rules
 from jaxreward.parallel import specs as sp
-from jaxreward.train import checkpoint
+from jaxreward.train import checkpoint, session
 
 PyTree = Any
+_ABOUT = {
+    "scalar": "A scalar reward model.",
+    "scores": "A reward model that scores several aspects of an answer.",
+    "classes": "A reward model that tells the class of an answer.",
+}
 
 
 @dataclasses.dataclass
@@ -33,7 +39,8 @@ class Model:
       template: "chat" or "plain". max_len: Longest input it was trained on, or None. Longer
         ones are scored whole, as transformers would.
       protocol: Facts that belong beside any number it gives.
-      predict: trees -> one float32 array of scores per tree.
+      predict: trees -> rewards, one float32[answers] per tree.
+      outputs: trees -> all outputs of the head (`plan.head.outputs`), float32[answers, C] per tree.
     """
 
     plan: trainable.Plan
@@ -45,6 +52,7 @@ class Model:
     max_len: int | None
     protocol: dict
     predict: Any
+    outputs: Any
 
 
 def _from_folder(folder: Path, where):
@@ -54,12 +62,7 @@ def _from_folder(folder: Path, where):
             f"{folder} has no score head (score.weight): it is a language model, not a reward "
             "model. Train one with `jaxreward train`, or give a *ForSequenceClassification folder"
         )
-    if score["kernel"].shape[1] != 1:
-        raise ValueError(
-            f"{folder} gives {score['kernel'].shape[1]} numbers per answer; a reward model gives "
-            "one (num_labels 1)"
-        )
-    plan = trainable.Plan(cfg, "all")
+    plan = trainable.Plan(cfg, "all", head=load.read_head(folder, score))
     params, frozen = trainable.init(plan, weights, jax.random.key(0), score=score, rules=where)
     made = load.read_config(folder).get("jaxreward") or {}
     return plan, params, frozen, folder, made.get("template", "auto"), made.get("max_len")
@@ -121,7 +124,7 @@ def load_model(
     else:
         got = _from_folder(model, where)
     plan, params, frozen, folder, recorded, max_len = got
-    if plan.head != "scalar":
+    if plan.head is None:
         raise ValueError(
             f"{model} is a run of a language model, which gives no scores; "
             f"`jaxreward export --model {model} --out FOLDER` makes a folder that generates"
@@ -132,23 +135,26 @@ def load_model(
     if template == "auto":
         template = recorded
     template = tokenize.chosen_template(tokenizer, template)
-    predict = scorer.make_predict(plan, rules=where, batch=batch)
+    outputs = functools.partial(
+        scorer.make_predict_outputs(plan, rules=where, batch=batch), params, frozen
+    )
     return Model(
-        plan,
-        params,
-        frozen,
-        tokenizer,
-        folder,
-        template,
-        max_len,
-        {
+        plan=plan,
+        params=params,
+        frozen=frozen,
+        tokenizer=tokenizer,
+        folder=folder,
+        template=template,
+        max_len=max_len,
+        protocol={
             "model": str(model),
             "template": template,
             "max_len": max_len,
             "compute": plan.cfg.compute,
             "truncation": "none",
         },
-        functools.partial(predict, params, frozen),
+        predict=lambda trees: [np.asarray(heads.reward(plan.head, x)) for x in outputs(trees)],
+        outputs=outputs,
     )
 
 
@@ -177,8 +183,10 @@ def score(
 ) -> None:
     """Adds `score`, or `chosen_score` and `rejected_score`, to every line of a JSONL file.
 
-    Lines keep their order and their other fields. "-" is standard input or output; nothing but
-    records goes to standard output.
+    Where the head has several outputs, `score` is the reward made of them (`heads.reward`), and
+    `outputs` (`chosen_outputs`, `rejected_outputs`) holds them by name. Lines keep their order and
+    their other fields. "-" is standard input or output; nothing but records goes to standard
+    output.
 
     Raises:
       ValueError: naming a line that cannot be scored, before anything is written.
@@ -201,11 +209,14 @@ def score(
             raise ValueError(f"{input}: record {record['id']!r}: {error}") from error
     _warn_long(loaded, trees)
     out = []
-    for record, scores in zip(records, loaded.predict(trees)):
+    head = loaded.plan.head
+    for record, values in zip(records, loaded.outputs(trees)):
         row = dict(record["row"])
-        pair = len(record["names"]) == 2
-        for name, value in zip(record["names"], scores):
-            row[f"{name}_score" if pair else "score"] = float(value)
+        front = [f"{name}_" if len(record["names"]) == 2 else "" for name in record["names"]]
+        for name, reward, each in zip(front, np.asarray(heads.reward(head, values)), values):
+            row[f"{name}score"] = float(reward)
+            if len(head.outputs) > 1:
+                row[f"{name}outputs"] = dict(zip(head.outputs, map(float, each)))
         out.append(row)
     if hosts.is_writer():
         sources.write_jsonl(output, out)
@@ -218,39 +229,54 @@ def evaluate(
     output: str | Path | None = None,
     name: str = "heldout",
     batch: int = 8,
+    form: str = "pairs",
+    corpus: str = "",
 ) -> dict:
-    """Accuracy on a file of pairs, whole and by subset, with 95 % intervals over prompts.
+    """Accuracy on a file of pairs, whole and by subset, with 95 % intervals over prompts; or how
+    well the outputs fit answers with labels or scores of their own.
 
     Args:
       model: A workdir or a Hugging Face folder.
-      data: JSONL pairs.
+      data: File of pairs or of labelled answers.
       output: Where the result goes; default `<workdir>/evals/<name>.json` for a workdir, and
         nowhere for a Hugging Face folder.
       name: Of the evaluation.
       batch: Rows that run at a time.
+      form: "pairs" or "points".
+      corpus: Function of `data.corpora` that makes our rows of others, or "".
 
     Returns:
       {"name", "protocol", "metrics"} as written.
+
+    Raises:
+      ValueError, KeyError, FileNotFoundError: saying what does not fit.
     """
-    records, report = sources.read_pairs(data)
+    if form not in ("pairs", "points"):
+        raise ValueError(f"form must be 'pairs' or 'points'; received {form!r}")
+    convert = session.corpus({"corpus": corpus})
+    read = sources.read_pairs if form == "pairs" else points.read
+    records, report = read(data, corpus=convert)
     loaded = load_model(model, batch=batch)
-    trees, _ = pairs.encode_pairs(loaded.tokenizer, records, template=loaded.template)
-    longer = _warn_long(loaded, trees)
-    found = pairwise.outcomes(trees, loaded.predict(trees))
-    metrics = {}
-    for metric, value in pairwise.measures(found, samples=2000):
-        if isinstance(value, tuple):
-            value = dict(zip(("value", "low", "high"), value))
-        metrics[metric] = value
+    head, template = loaded.plan.head, loaded.template
+    if form == "pairs":
+        trees, _ = pairs.encode_pairs(loaded.tokenizer, records, template=template)
+        metrics = _pair_metrics(loaded, trees)
+    else:
+        trees, _ = points.encode(
+            loaded.tokenizer, records, kind=head.kind, outputs=head.outputs, template=template
+        )
+        measure = pointwise.classes if head.kind == "classes" else pointwise.scores
+        metrics = dict(measure(loaded.outputs, trees, outputs=head.outputs))
     result = {
         "name": name,
         "protocol": {
             **loaded.protocol,
             "data": str(data),
+            **({"corpus": corpus} if corpus else {}),
             "sha256": sources.data_hash(data),
             "read": report["read"],
-            "longer than in training": longer,
-            "intervals": "95 %, prompts resampled 2000 times",
+            "longer than in training": _warn_long(loaded, trees),
+            **({"intervals": "95 %, prompts resampled 2000 times"} if form == "pairs" else {}),
         },
         "metrics": metrics,
     }
@@ -259,6 +285,16 @@ def evaluate(
     if output is not None and hosts.is_writer():
         write_json(output, result)
     return result
+
+
+def _pair_metrics(loaded: Model, trees) -> dict:
+    found = pairwise.outcomes(trees, loaded.predict(trees))
+    metrics = {}
+    for metric, value in pairwise.measures(found, samples=2000):
+        if isinstance(value, tuple):
+            value = dict(zip(("value", "low", "high"), value))
+        metrics[metric] = value
+    return metrics
 
 
 def write_json(path: str | Path, value: dict) -> None:
@@ -297,6 +333,7 @@ def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> P
         whole,
         source=folder,
         score=head,
+        head=plan.head or heads.SCALAR,
         template=tokenize.chosen_template(tokenizer, template),
         max_len=max_len,
         adds_bos=tokenizer.bos_id if tokenizer.adds_bos else None,
@@ -304,7 +341,7 @@ def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> P
         about=(
             "A language model fine-tuned on completions."
             if head is None
-            else "A scalar reward model trained on preference pairs."
+            else _ABOUT[plan.head.kind]
         ),
         origin=f"Initial weights: {folder.name}. What was trained: {plan.train}.",
     )

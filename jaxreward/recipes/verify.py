@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxreward.core.types import Rows
@@ -96,15 +95,18 @@ def verify(
     tokenizer = tokenize.load_tokenizer(folder)
     template = tokenize.chosen_template(tokenizer, template)
     texts, order = _texts(tokenizer, template, pairs, limit)
-    kind = "CausalLM" if score is None else "SequenceClassification"
+    kind = "ForCausalLM" if score is None else "ForSequenceClassification"
+    if score is not None and "hidden" in score:
+        kind = ""  # the bare model; the head lies beside it
     if score is None and not cfg.tied and "head" not in params:
         raise ValueError(f"{folder} has neither a language head nor a score head to compare")
-    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
+    model = getattr(transformers, f"AutoModel{kind}").from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     )
     model.eval()
+    last = _head_theirs(model, folder) if score is not None else None
     checks: list[Check] = []
-    want = [_theirs(model, text, score is not None) for text in texts]
+    want = [_theirs(model, text, last) for text in texts]
     # Where transformers' first choice leads by less than rounding, either token is right.
     said = [_greedy_theirs(model, t) for t in texts[: len(TEXTS)]] if score is None else []
     got = [_ours(cfg, params, score, text, where) for text in texts]
@@ -112,7 +114,7 @@ def verify(
     if score is None:
         checks.append(_greedy(cfg, params, texts[: len(TEXTS)], said, where))
     model = model.to(torch.bfloat16)
-    short = [_theirs(model, text, score is not None) for text in texts]
+    short = [_theirs(model, text, last) for text in texts]
     half = dataclasses.replace(cfg, compute="bfloat16")
     got_half = [_ours(half, params, score, text, where) for text in texts]
     checks += _numbers("bfloat16", cfg, got_half, want, short, score)
@@ -174,16 +176,35 @@ def _texts(tokenizer, template, pairs, limit):
 # transformers
 
 
-def _theirs(model, text, scorer) -> _Side:
+def _head_theirs(model, folder):
+    """State -> scores, by torch: the model's own head, or that of score.safetensors."""
+    if hasattr(model, "score"):
+        return lambda state: model.score(state)
+    import torch
+    from safetensors.torch import load_file
+
+    head = load_file(folder / load.HEAD_FILE)
+
+    def last(state):
+        at = {name: x.to(state.dtype) for name, x in head.items()}
+        linear = torch.nn.functional.linear
+        hidden = torch.relu(linear(state, at["hidden.weight"], at["hidden.bias"]))
+        return linear(hidden, at["out.weight"], at["out.bias"])
+
+    return last
+
+
+def _theirs(model, text, head) -> _Side:
     import torch
 
     ids = torch.tensor(np.asarray(text)[None], dtype=torch.long)
+    inner = model if head is not None and not hasattr(model, "score") else model.model
     with torch.no_grad():
-        out = model.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        out = inner(input_ids=ids, output_hidden_states=True, use_cache=False)
         # Not the model's own choice of a token, which skips trailing ids that equal its pad id.
         last = out.last_hidden_state[:, -1]
-        if scorer:
-            final = model.score(last)
+        if head is not None:
+            final = head(last)
         else:
             final = model(input_ids=ids, use_cache=False).logits[:, -1]
     return _Side([h[0].float().numpy() for h in out.hidden_states[1:]], final[0].float().numpy())
@@ -253,7 +274,7 @@ def _ours(cfg, params, score, text, where) -> _Side:
         layers.append(np.asarray(x[0, :n], np.float32))
     state = x[0, n - 1]
     if score is not None:
-        final = jnp.atleast_1d(heads.scalar(score, state))
+        final = heads.outputs(score, state[None, None])[0, 0]
     else:
         final = decoder.logits(state, decoder.head_matrix(params, cfg), cfg)
     return _Side(layers, np.asarray(final, np.float32))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxreward import testing
 from jaxreward.core import trees
@@ -229,6 +229,26 @@ def test_reload_is_bit_equal(base, score, chat):
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     np.testing.assert_array_equal(head["kernel"], score["kernel"])
+
+
+def test_a_hidden_head_lies_in_a_file_of_its_own(base, tmp_path):
+    """Catches a transposed layer, a head that an import loses, and names that do not return."""
+    folder, cfg, params = base
+    head = heads.Config("scores", ("a", "b"), (2.0, 1.0), hidden=5)
+    score = drawn(heads.specs(head, cfg.width), 4)
+    out = export.write(tmp_path / "m", cfg, params, source=folder, score=score, head=head)
+    assert "score.weight" not in load_file(out / "model.safetensors")
+    assert load_file(out / "score.safetensors")["hidden.weight"].shape == (5, cfg.width)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaModel"]
+    copy = load.import_folder(out, tmp_path / "copy")
+    _, back, again = load.load(copy)
+    jax.tree.map(np.testing.assert_array_equal, (back, again), (params, score))
+    assert load.read_head(copy, again) == head
+    short = load_file(out / "score.safetensors")
+    del short["out.bias"]
+    save_file(short, copy / "score.safetensors")
+    with pytest.raises(ValueError, match=r"score\.safetensors: expected the tensors .*out\.bias"):
+        load.load(copy)
 
 
 def test_untied_scorer_drops_the_language_head(base, score, tmp_path):

@@ -226,15 +226,13 @@ def test_template_can_be_overridden(exported):
 
 
 def test_what_is_no_reward_model(base, tmp_path):
-    """A language model, a classifier of two classes, no folder, and a run without a checkpoint."""
+    """A language model, a head of another size than it says, no folder, no checkpoint."""
     with pytest.raises(ValueError, match=r"no score head .*language model, not a reward"):
         evaluate.load_model(base)
     cfg, params, _ = load.load(base)
-    two = hub_export.write(
-        tmp_path / "two", cfg, params, source=base, score={"kernel": jnp.ones((32, 2))}
-    )
-    with pytest.raises(ValueError, match="gives 2 numbers per answer; a reward model gives one"):
-        evaluate.load_model(two)
+    two = {"kernel": jnp.ones((32, 2))}
+    with pytest.raises(ValueError, match="gives the outputs score; pass the `head` that belongs"):
+        hub_export.write(tmp_path / "two", cfg, params, source=base, score=two)
     with pytest.raises(FileNotFoundError, match="is not a model folder"):
         evaluate.load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is not a workdir"):

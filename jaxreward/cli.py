@@ -89,12 +89,18 @@ def train(args):
 
 
 def evaluate(args):
-    """Measure a reward model on preference pairs; the result is printed as JSON."""
+    """Measure a reward model on pairs or labelled answers; the result is printed as JSON."""
     _start()
     from jaxreward.recipes import evaluate
 
     result = evaluate.evaluate(
-        args.model, args.data, output=args.output, name=args.name, **_batch(args)
+        args.model,
+        args.data,
+        output=args.output,
+        name=args.name,
+        form=args.form,
+        corpus=args.corpus,
+        **_batch(args),
     )
     if result is not None and _writes():
         # float: numbers of NumPy are not known to json.
@@ -106,7 +112,14 @@ def score(args):
     _start()
     from jaxreward.recipes import evaluate
 
-    evaluate.score(args.model, args.input, args.output, template=args.template, **_batch(args))
+    evaluate.score(
+        args.model,
+        args.input,
+        args.output,
+        template=args.template,
+        corpus=args.corpus,
+        **_batch(args),
+    )
 
 
 def generate(args):
@@ -230,6 +243,8 @@ def _flags(command, add):
     if command == "evaluate":
         add("--model", type=Path, required=True, metavar="DIR", help="workdir or exported folder")
         add("--data", type=Path, required=True, metavar="FILE", help="pairs: JSON Lines, Parquet")
+        add("--form", default="pairs", choices=["pairs", "points"], help="default: %(default)s")
+        add("--corpus", default="", metavar="NAME", help="rows of another form: helpsteer3.pairs")
         add("--output", type=Path, metavar="FILE.json", help="also write the result there")
         add("--name", default="heldout", help="name of the result (default: %(default)s)")
         add("--batch", type=_positive, metavar="N", help="rows at a time")
@@ -237,6 +252,7 @@ def _flags(command, add):
         add("--model", type=Path, required=True, metavar="DIR", help="workdir or exported folder")
         add("--input", type=_stream, required=True, metavar="FILE", help="JSON lines; - is stdin")
         add("--output", type=_stream, required=True, metavar="FILE", help="- is stdout")
+        add("--corpus", default="", metavar="NAME", help="rows of another form: helpsteer3.pairs")
         add("--batch", type=_positive, metavar="N", help="rows at a time")
         add("--template", default="auto", help="auto, chat or plain (default: %(default)s)")
     if command == "generate":

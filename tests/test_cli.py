@@ -174,7 +174,7 @@ def test_a_run_that_failed_later_keeps_its_config(fake, tmp_path):
     [
         (["train"], "--config is missing; shipped configs: "),
         (["train", "--config", NAME], "--workdir is missing"),
-        (["train", "--config", "reward_model/bradly_terry"], f"did you mean {NAME}?"),
+        (["train", "--config", "reward_model/bradly_terry"], f"did you mean {NAME}"),
         ([*TRAIN, "--config.losess.bt.coef=2"], "unknown key config.losess; did you mean losses?"),
         ([*TRAIN, "--config.seed=x"], "config.seed: expected int, got 'x'"),
         ([*TRAIN, "--config.seed"], "--config.seed has no value"),

@@ -180,6 +180,7 @@ def score(
     *,
     template: str = "auto",
     batch: int = 8,
+    corpus: str = "",
 ) -> None:
     """Adds `score`, or `chosen_score` and `rejected_score`, to every line of a JSONL file.
 
@@ -191,7 +192,7 @@ def score(
     Raises:
       ValueError: naming a line that cannot be scored, before anything is written.
     """
-    records = sources.read_answers(input)
+    records = sources.read_answers(input, corpus=session.corpus({"corpus": corpus}))
     loaded = load_model(model, template=template, batch=batch)
     trees = []
     for record in records:

@@ -63,7 +63,7 @@ def test_a_bad_row_is_named(tmp_path, row, text):
 
 
 def test_what_the_numbers_mean():
-    """Catches a bool taken for a class of three, an index out of range, and a missing score as 0."""
+    """Catches a bool as a class of three, an index out of range, and a missing score as 0."""
     of = lambda kind, outputs=("u", "s"), **record: points.target(record, kind, outputs).tolist()
     assert of("scalar", ("score",), label=True) == [1.0] and of("scalar", label=-2.5) == [-2.5]
     assert of("classes", label="s") == of("classes", label=1) == of("classes", label=True) == [1.0]

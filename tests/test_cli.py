@@ -279,9 +279,9 @@ def test_evaluate_prints_the_result_as_json(fake, capsys):
 
     calls = fake("recipes.evaluate", evaluate={"metrics": {"accuracy": np.float32(0.5)}})
     argv = ["evaluate", "--model", "m", "--data", "d.jsonl", "--output", "o.json"]
-    assert cli.main([*argv, "--name", "mine", "--batch", "4"]) == 0
+    assert cli.main([*argv, "--name", "mine", "--batch", "4", "--form", "points"]) == 0
     assert json.loads(capsys.readouterr().out) == {"metrics": {"accuracy": 0.5}}
-    kwargs = {"output": Path("o.json"), "name": "mine", "batch": 4}
+    kwargs = {"output": Path("o.json"), "name": "mine", "form": "points", "corpus": "", "batch": 4}
     assert calls == [("evaluate", (Path("m"), Path("d.jsonl")), kwargs)]
 
 
@@ -290,15 +290,15 @@ def test_score_through_pipes_leaves_standard_output_to_the_scores(fake, capsys):
     calls = fake("recipes.evaluate", score=lambda *a, **k: print('{"score": 1}'))
     assert cli.main(["score", "--model", "m", "--input", "-", "--output", "-"]) == 0
     assert capsys.readouterr().out == '{"score": 1}\n'
-    assert calls == [("score", (Path("m"), "-", "-"), {"template": "auto"})]
+    assert calls == [("score", (Path("m"), "-", "-"), {"template": "auto", "corpus": ""})]
 
 
 def test_score_passes_batch_and_template(fake):
     """Catches flags that are parsed and dropped."""
     calls = fake("recipes.evaluate", score=None)
     argv = ["score", "--model", "m", "--input", "i", "--output", "o", "--batch", "2"]
-    assert cli.main([*argv, "--template", "plain"]) == 0
-    kwargs = {"template": "plain", "batch": 2}
+    assert cli.main([*argv, "--template", "plain", "--corpus", "helpsteer3.pairs"]) == 0
+    kwargs = {"template": "plain", "corpus": "helpsteer3.pairs", "batch": 2}
     assert calls == [("score", (Path("m"), Path("i"), Path("o")), kwargs)]
 
 

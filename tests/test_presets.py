@@ -143,7 +143,7 @@ def test_a_missing_config_names_the_shipped_ones(name):
     """Catches a bare file error for a misspelt name."""
     with pytest.raises(FileNotFoundError) as error:
         presets.load(name)
-    assert "did you mean reward_model/bradley_terry?" in message(error)
+    assert "did you mean reward_model/bradley_terry" in message(error)
     assert "a shipped name: " in message(error)
 
 

@@ -5,6 +5,7 @@ S denoising steps. A *row* is a packed sequence: it may hold several prompts, an
 answers to each. Attention inside a row is decided by `segments` and `trunk` alone.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -154,6 +155,85 @@ class PairRows(Rows):
                 "give absent pairs weight 0"
             )
         return self
+
+
+@struct.dataclass
+class RolloutRows(Rows):
+    """Rows of sampled answers, with what a policy's losses ask for, slot by slot.
+
+    Attributes:
+      answer: Which answer of its row a slot belongs to, int32[B, T]; -1 = not trained on (prompt,
+        padding, what the model did not write, an answer that was taken out).
+      group: The prompt of each answer, counted over the whole batch, int32[B, K]; -1 = no answer.
+      advantages: Of each token, float32[B, T].
+      weight: Of each token in the mean over the batch, float32[B, T].
+      sampler_logps: Log-probabilities that the sampler reported, float32[B, T].
+      old_logps: By the trainer's forward pass when the answers were sampled, float32[B, T]; None
+        where each answer is used for one update, before which nothing has changed.
+      ref_logps: Of the reference, float32[B, T]; None without one.
+    """
+
+    answer: Int[Array, "B T"] = None
+    group: Int[Array, "B K"] = None
+    advantages: Float[Array, "B T"] = None
+    weight: Float[Array, "B T"] = None
+    sampler_logps: Float[Array, "B T"] = None
+    old_logps: Float[Array, "B T"] | None = None
+    ref_logps: Float[Array, "B T"] | None = None
+
+    def validate(self):
+        """As `Rows.validate`, and that each slot's answer is there and made of scored tokens."""
+        _rows(self)
+        B, T = self.tokens.shape
+        for name in ("answer", "advantages", "weight", "sampler_logps", "old_logps", "ref_logps"):
+            value = getattr(self, name)
+            if value is None and name in ("old_logps", "ref_logps"):
+                continue
+            kind = np.integer if name == "answer" else np.floating
+            if value is None or value.shape != (B, T) or not np.issubdtype(value.dtype, kind):
+                came = None if value is None else f"{value.dtype}{list(value.shape)}"
+                raise ValueError(
+                    f"RolloutRows.{name} must be {kind.__name__}[{B}, {T}]; received {came}"
+                )
+        if self.group is None or self.group.ndim != 2 or len(self.group) != B:
+            came = None if self.group is None else list(self.group.shape)
+            raise ValueError(f"RolloutRows.group must be [{B}, K]; received {came}")
+        if not _concrete(self.answer, self.group, self.loss_mask):
+            return self
+        answer, K = np.asarray(self.answer), self.group.shape[1]
+        if (answer < -1).any() or (answer >= K).any():
+            raise ValueError(
+                f"RolloutRows.answer must lie in -1..{K - 1}; received "
+                f"{answer.min()}..{answer.max()}"
+            )
+        if ((answer >= 0) & ~np.asarray(self.loss_mask)).any():
+            raise ValueError("RolloutRows.answer names an answer where loss_mask is False")
+        of = np.take_along_axis(np.asarray(self.group), np.maximum(answer, 0), axis=1)
+        if ((answer >= 0) & (of < 0)).any():
+            raise ValueError("RolloutRows.answer names an answer whose group is -1")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One sampled answer, on the host.
+
+    Attributes:
+      prompt: Token ids, int32[Tp].
+      tokens: Token ids after it, int32[T], its end token included. At least one.
+      logps: Log-probability of each under the distribution it was drawn from, float32[T]; 0 where
+        the model did not write it.
+      written: True where the model wrote the token, bool[T]; False for the output of a tool.
+      version: Which weights wrote each token, int32[T].
+      finished: False if it was cut off at the longest length.
+    """
+
+    prompt: np.ndarray
+    tokens: np.ndarray
+    logps: np.ndarray
+    written: np.ndarray
+    version: np.ndarray
+    finished: bool
 
 
 def _concrete(*arrays):

@@ -1,0 +1,143 @@
+"""Sampled answers to packed rows, in NumPy.
+
+A group, that is, the answers to one prompt, becomes trees that share the prompt; a minibatch is
+whole groups, packed into rows of one length. All minibatches of a round have equally many rows, and
+their number is a power of two times the rows that run at a time: so few shapes are ever compiled.
+"""
+
+import math
+
+import numpy as np
+
+from jaxreward.data import pipeline
+from jaxreward.data.tokenize import Tree
+
+
+def row_len(*, max_prompt, max_new, answers, most=4096, multiple=64):
+    """A row length for groups: a whole one if that takes at most `most` slots, else as many answers
+    of the longest kind as fit into that, and at least one.
+
+    Args:
+      max_prompt, max_new: Most tokens of a prompt and of an answer.
+      answers: Of a group.
+      most: Slots beyond which a group is cut.
+      multiple: Row lengths are multiples of this.
+    """
+    fitting = max(1, min(answers, (most - max_prompt) // max_new))
+    return pipeline.suggest_row_len([max_prompt + fitting * max_new], multiple=multiple)
+
+
+def trees(groups, *, row_len):
+    """Trees of groups of answers; a group that is longer than a row becomes several.
+
+    Args:
+      groups: list of lists of trajectories (`core.types.Trajectory`), each to one prompt.
+      row_len: Slots of a row.
+
+    Returns:
+      (trees, where): the trees, and for each the (group, answer) of its answers.
+
+    Raises:
+      ValueError: naming an answer that with its prompt exceeds a row.
+    """
+    made, where = [], []
+    for g, group in enumerate(groups):
+        prompt, room, members = group[0].prompt, row_len, []
+        for i, answer in enumerate(group):
+            size = len(answer.tokens)
+            if len(prompt) + size > row_len:
+                raise ValueError(
+                    f"prompt and answer {i} of group {g} take {len(prompt) + size} tokens, more "
+                    f"than a row of {row_len}; raise data.row_len or lower rollouts.max_new"
+                )
+            if members and size > room:
+                where.append(members)
+                room, members = row_len, []
+            if not members:
+                room -= len(prompt)
+            members.append((g, i))
+            room -= size
+        where.append(members)
+    for members in where:
+        answers = [groups[g][i] for g, i in members]
+        made.append(
+            Tree(
+                id=str(members[0][0]),
+                prompt=np.asarray(answers[0].prompt, np.int32),
+                answers=[np.asarray(a.tokens, np.int32) for a in answers],
+                loss=[np.asarray(a.written, np.bool_) for a in answers],
+            )
+        )
+    return made, where
+
+
+def minibatches(groups, *, count, row_len, answers_per_row, multiple):
+    """The answers of a round as `count` minibatches of rows of equal shape.
+
+    Groups are dealt out in the order given, group g to minibatch g % count.
+
+    Args:
+      groups: As `trees`; their number is a multiple of `count`.
+      count: Minibatches.
+      row_len: Slots of a row. answers_per_row: K.
+      multiple: The rows of a minibatch are this times a power of two; what is missing is padding.
+
+    Returns:
+      (batches, efficiency): for each minibatch the arrays of `RolloutRows` that are known from
+      sampling, as dict of tokens, mask, loss_mask, positions, segments, trunk, answer i32[R, T],
+      group i32[R, K] (number of the group), index i32[R, K, 2] (group and answer, -1 = none),
+      version i32[R, T] and sampler_logps f32[R, T]; and the share of all slots that hold tokens.
+
+    Raises:
+      ValueError: if the groups do not divide, or as `trees` and `pipeline.pack`.
+    """
+    if not groups or len(groups) % count:
+        raise ValueError(
+            f"{len(groups)} prompts of a round do not split into {count} minibatches; set "
+            "rollouts.updates to a divisor of rollouts.prompts"
+        )
+    plans = []
+    for b in range(count):
+        ours, where = trees(groups[b::count], row_len=row_len)
+        where = [[(b + count * g, i) for g, i in members] for members in where]
+        plan = pipeline.pack(ours, row_len=row_len, answers_per_row=answers_per_row)
+        plans.append((ours, where, plan))
+    most = max(len(plan) for _, _, plan in plans)
+    rows = multiple * (1 << math.ceil(math.log2(math.ceil(most / multiple))))
+    batches = [
+        _batch(groups, *plan, rows=rows, row_len=row_len, answers_per_row=answers_per_row)
+        for plan in plans
+    ]
+    used = sum(int(batch["mask"].sum()) for batch in batches)
+    return batches, used / (count * rows * row_len)
+
+
+_KEPT = ("tokens", "mask", "loss_mask", "positions", "segments", "trunk")
+
+
+def _batch(groups, ours, where, plan, *, rows, row_len, answers_per_row):
+    made = []
+    for members in plan + [[]] * (rows - len(plan)):
+        row = pipeline.materialise(
+            ours, members, row_len=row_len, answers_per_row=answers_per_row, pairs_per_row=1
+        )
+        out = {name: row[name] for name in _KEPT}
+        out["answer"] = np.full(row_len, -1, np.int32)
+        out["group"] = np.full(answers_per_row, -1, np.int32)
+        out["index"] = np.full((answers_per_row, 2), -1, np.int32)
+        out["version"] = np.zeros(row_len, np.int32)
+        out["sampler_logps"] = np.zeros(row_len, np.float32)
+        for k, (tree, j) in enumerate(row["index"]):
+            if tree < 0:
+                continue
+            g, i = where[tree][j]
+            answer = groups[g][i]
+            end = row["ends"][k] + 1
+            span = slice(end - len(answer.tokens), end)
+            out["answer"][span] = np.where(answer.written, k, -1)
+            out["group"][k] = g
+            out["index"][k] = g, i
+            out["version"][span] = answer.version
+            out["sampler_logps"][span] = np.where(answer.written, answer.logps, 0.0)
+        made.append(out)
+    return {name: np.stack([row[name] for row in made]) for name in made[0]}

@@ -103,10 +103,11 @@ def test_helpsteer2_pairs_neighbours(file):
         rated("r", "b", 3),
         rated("s", "a", 0),
         rated("s", "b", 4),
+        rated("last", "a", 4),
     )
     with pytest.raises(ValueError, match=r"rows\.jsonl:5:helpfulness: tie"):
         sources.read_pairs(path, corpus=helpsteer2.pairs)
-    records, skipped = skipping(path, helpsteer2.pairs, 7)
+    records, skipped = skipping(path, helpsteer2.pairs, 8)
     assert records == [
         dict(id="1", prompt="p", chosen="better", rejected="worse", margin=3.0, scores=(4.0, 1.0)),
         dict(id="3", prompt="q", chosen="best", rejected="good", margin=1.0, scores=(3.0, 2.0)),
@@ -114,7 +115,7 @@ def test_helpsteer2_pairs_neighbours(file):
     ]
     assert skipped == {
         "helpfulness: tie": 1,
-        "prompt: no second row beside it has this prompt": 2,
+        "prompt: no second row beside it has this prompt": 3,
         "helpfulness: must be a number": 1,
     }
 

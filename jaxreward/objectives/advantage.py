@@ -160,8 +160,9 @@ def gdpo(
     .. math:: A_i = \\sum_k w_k \\frac{r_{ik} - \\mathrm{mean}(r_{group, k})}
                   {\\mathrm{std}(r_{group, k}) + \\epsilon}
 
-    and then, with `batch`, normalised over all answers of the batch in the same way. Adding the
-    rewards first would give different mixtures of them the same advantage.
+    and then, with `batch`, divided by the standard deviation over all answers of the batch, plus
+    epsilon. (Its mean over the batch is 0 by construction, and is taken to be.) Adding the rewards
+    first would give different mixtures of them the same advantage.
 
     Args:
       rewards: R numbers an answer, float[..., R].
@@ -198,8 +199,9 @@ def gdpo(
         total = total + weights[k] * each
     if not batch:
         return _stop(total)
-    present = (group >= 0) & jnp.any(valid, axis=-1)
-    return group_relative(total, jnp.where(present, 0, -1), num_groups=1, eps=eps)
+    present = jnp.sum((group >= 0) & jnp.any(valid, axis=-1))
+    variance = masked.safe_divide(jnp.sum(jnp.square(total)), jnp.maximum(present - 1, 0))
+    return _stop(masked.safe_divide(total, jnp.sqrt(variance) + eps))
 
 
 def token_advantages(
@@ -346,6 +348,9 @@ def reinforce_pp(
 
     Raises:
       ValueError: if shapes differ, or `group` comes without `num_groups`.
+
+    After whitening, a group of equal rewards no longer has advantage 0, but the distance of 0 from
+    the mean over tokens: take such groups out first (`keep_groups`).
 
     References: REINFORCE++, arXiv:2501.03262; its variant with baseline has no penalty here but a
     k2 term in the loss. Verl's `reinforce_plus_plus` and `reinforce_plus_plus_baseline` are this

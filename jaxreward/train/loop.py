@@ -17,7 +17,7 @@ import jax
 from jaxreward.core import metrics as m
 from jaxreward.core.types import TrainState
 from jaxreward.parallel import hosts
-from jaxreward.train import writers
+from jaxreward.train import plan, writers
 from jaxreward.train.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,10 @@ class _Skipped:
         steps that ends at the last step seen, or of the first row that reached `limit`.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, row: dict[str, list[str]]):
         self.limit = limit
         self.window: dict[int, list[str]] = {}
-        self.row: dict[int, list[str]] = {}
+        self.row = {int(step): names for step, names in row.items()}
         self._waiting: list[tuple[int, dict]] = []
 
     def take(self, step: int, metrics: dict) -> dict:
@@ -113,6 +113,44 @@ def _told(skipped: dict[int, list[str]]) -> str:
     )
 
 
+class _Speed:
+    """How fast steps are taken, since the last line; the first one after a start compiles, too."""
+
+    def __init__(self, total: Callable[[int], int], peak: float | None):
+        """Args: total: sums over processes. peak: FLOPs a second of the devices, or None."""
+        self._total, self._peak = total, peak
+        self._flops: int | None = None  # of a step, on all devices; None where they are not known
+        self._counted = False
+        self.restart()
+
+    def restart(self):
+        self._tokens = self._steps = 0
+        self._clock = time.monotonic()
+
+    def take(self, raw: dict, step: Callable, *args):
+        """A step that is about to be taken, with these arguments."""
+        self._tokens += int(raw["mask"].sum())
+        self._steps += 1
+        if self._counted:
+            return
+        self._counted = True
+        try:
+            # Its first call takes the same trace.
+            self._flops = plan.flops(step.trace(*args), recomputed=False)
+        except (AttributeError, ValueError) as error:  # not jitted, or with a loop or a kernel
+            log.info("the FLOPs of a step are not counted: %s", error)
+
+    def values(self) -> dict[str, float]:
+        """Tokens and (where known) FLOPs a second, and the latter as a share of the peak."""
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        out = {"tokens_per_second": self._total(self._tokens) / seconds}
+        if self._flops is not None:
+            out["flops_per_second"] = self._flops * self._steps / seconds
+            if self._peak:
+                out["mfu"] = out["flops_per_second"] / self._peak
+        return out
+
+
 def run(
     step: Callable,
     state: TrainState,
@@ -121,7 +159,7 @@ def run(
     *,
     to_device: Callable[[dict], Any],
     steps: int,
-    metrics_file: writers.MetricsFile,
+    metrics_file: Any,
     checkpoints: Checkpoints | None = None,
     meta: dict | None = None,
     schedule: Callable[[int], Any] | None = None,
@@ -130,7 +168,10 @@ def run(
     eval_every: int = 0,
     save_every: int = 0,
     max_skipped: int = 3,
+    skipped: dict[str, list[str]] | None = None,
     total: Callable[[int], int] = int,
+    peak: float | None = None,
+    profile: Any = None,
     label: str = "train",
 ) -> TrainState:
     """Runs `step` until `state.step == steps`.
@@ -142,14 +183,17 @@ def run(
       batches: Iterator of dicts of NumPy arrays, with `get_state()`.
       to_device: Dict of arrays -> batch of the step.
       steps: Total, counted from step 0.
-      metrics_file: Where lines go.
+      metrics_file: Where lines go, by `write(step, values)`.
       checkpoints: Where states go, or None to save nothing.
       meta: Facts stored with every checkpoint.
       schedule: Step -> learning rate, logged as "train/lr".
       evaluate: State -> {metric: value}, logged under "eval/"; also run after the last step.
       log_every, eval_every, save_every: In steps; 0 = only at the end.
       max_skipped: Steps in a row that may be skipped because their numbers are not finite.
+      skipped: The row that the run stood in when it was saved, from `data` of its checkpoint.
       total: Sums what each process has counted in its rows (`hosts.total`).
+      peak: FLOPs a second of all devices (`plan.peak`), for "train/mfu"; None where not known.
+      profile: `tracking.Profile`, or None.
       label: Shown in front of the progress.
 
     Returns:
@@ -166,15 +210,16 @@ def run(
         raise ValueError(f"train.max_skipped must be 1 or more; received {max_skipped}")
     at = int(state.step)
     progress = writers.Progress(steps, start=at, label=label, shows=hosts.is_writer())
-    pending, pending_from, tokens, skipped = None, at, 0, _Skipped(max_skipped)
-    clock = time.monotonic()
+    pending, pending_from = None, at
+    skipped, speed = _Skipped(max_skipped, skipped or {}), _Speed(total, peak)
     due = lambda every: at == steps or (every and at % every == 0)
     saved = at if checkpoints and checkpoints.latest() == at else -1
 
     def save():
         nonlocal saved
         if checkpoints is not None and saved != at:
-            checkpoints.save(state, data={"iterator": batches.get_state()}, meta=meta or {})
+            data = {"iterator": batches.get_state(), "skipped": skipped.row}
+            checkpoints.save(state, data=data, meta=meta or {})
             saved = at
 
     def check():
@@ -194,7 +239,7 @@ def run(
         )
 
     def write():
-        nonlocal pending, tokens, clock, pending_from
+        nonlocal pending, pending_from
         values = m.results(skipped.read(pending))
         if skipped.window:
             # An average over no step, or the last value of a step that did not count.
@@ -208,22 +253,29 @@ def run(
             )
         line = {f"train/{k}": v for k, v in values.items()}
         line["train/skipped"] = len(skipped.window)
-        now = time.monotonic()
-        line["train/tokens_per_second"] = total(tokens) / max(now - clock, 1e-9)
+        fast = speed.values()
+        line |= {f"train/{k}": v for k, v in fast.items()}
         if schedule is not None:
             line["train/lr"] = float(schedule(at - 1))
         metrics_file.write(at, line)
         shown = {k: values[k] for k in ("loss", "accuracy") if k in values}
-        progress.update(at, shown)
-        pending, tokens, clock, pending_from = None, 0, now, at
+        share = f"MFU {fast['mfu']:.1%}" if "mfu" in fast else "MFU n/a"
+        progress.update(at, shown, f"{fast['tokens_per_second']:,.0f} tokens/s", share)
+        pending, pending_from = None, at
         skipped.window = {}
+        speed.restart()
 
     with _Flag() as flag:
         while at < steps:
+            if profile is not None:
+                profile.before(at + 1, state)
             raw = next(batches)
-            tokens += int(raw["mask"].sum())
-            state, metrics = step(state, frozen, to_device(raw))
+            batch = to_device(raw)
+            speed.take(raw, step, state, frozen, batch)
+            state, metrics = step(state, frozen, batch)
             at += 1
+            if profile is not None and (told := profile.after(at, state)):
+                writers.say(told)
             metrics = skipped.take(at, metrics)
             pending = metrics if pending is None else m.add(pending, metrics)
             stop = flag.at(at)
@@ -238,7 +290,7 @@ def run(
             if evaluating:
                 values = evaluate(state)
                 metrics_file.write(at, {f"eval/{k}": v for k, v in values.items()})
-                clock = time.monotonic()
+                speed.restart()
             if due(save_every) or stop:
                 save()
             if stop and at < steps:

@@ -40,12 +40,31 @@ TOPOLOGIES = {
     "v6e-64": "v6e:8x8",
     "v6e-256": "v6e:16x16",
 }
+# Dense bfloat16 FLOPs a second of a device, by the name that JAX gives its kind (a TPU device is a
+# chip from v4 on). Sources: NVIDIA's data sheets of H100, H200 and A100 (half of what they give
+# for sparse matrices); cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e.
+PEAKS = {
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
 
 
 # FLOPs
 
 
-def flops(program) -> int:
+def flops(program, *, recomputed: bool = True) -> int:
     """Matrix-product FLOPs of a program, a multiplication and an addition counting two.
 
     Scans count by their length, a branch by its most expensive side, a part that runs on every
@@ -53,6 +72,8 @@ def flops(program) -> int:
 
     Args:
       program: `jax.jit(f).trace(*args)`, or a ClosedJaxpr.
+      recomputed: False leaves out what `jax.checkpoint` computes a second time for the backward
+        pass, so that the count does not depend on it.
 
     Raises:
       ValueError: at a while loop with products (its trip count is not known before it runs) or at
@@ -61,15 +82,18 @@ def flops(program) -> int:
     jaxpr = getattr(program, "jaxpr", program)
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return _flops(used)
+    return _flops(used, recomputed)
 
 
-def _flops(jaxpr) -> int:
-    return sum(_eqn_flops(eqn) for eqn in jaxpr.eqns)
+def _flops(jaxpr, recomputed) -> int:
+    return sum(_eqn_flops(eqn, recomputed) for eqn in jaxpr.eqns)
 
 
-def _eqn_flops(eqn) -> int:
+def _eqn_flops(eqn, recomputed) -> int:
     name, params = eqn.primitive.name, eqn.params
+    # How JAX names the part: tests/train/test_tracking.py holds it to that.
+    if not recomputed and "rematted_computation" in str(eqn.source_info.name_stack):
+        return 0
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         inner = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
@@ -80,7 +104,7 @@ def _eqn_flops(eqn) -> int:
         return 2 * per_output * math.prod(eqn.outvars[0].aval.shape)
     if name == "pallas_call":
         raise ValueError(f"the products inside the kernel {params.get('name')} cannot be counted")
-    inside = [_flops(jaxpr) for jaxpr in jaxprs_in_params(params)]
+    inside = [_flops(jaxpr, recomputed) for jaxpr in jaxprs_in_params(params)]
     if name == "cond":
         return max(inside)
     if name == "scan":
@@ -91,6 +115,15 @@ def _eqn_flops(eqn) -> int:
         manual = params["newly_manual_axes"]
         return math.prod(params["mesh"].shape[axis] for axis in manual) * sum(inside)
     return sum(inside)
+
+
+def peak(devices) -> float | None:
+    """Dense bfloat16 FLOPs a second of `devices` together, or None where a kind is not known.
+
+    CPUs are not: theirs depends on clock, cores and instructions.
+    """
+    each = [PEAKS.get(device.device_kind) for device in devices]
+    return None if None in each else sum(each)
 
 
 # Memory

@@ -1,14 +1,30 @@
 """A run around the loop: what a recipe hands over, where it goes on, what it leaves in the workdir.
 
-config.json  environment.json  metrics.jsonl  checkpoints/
+    config.json  environment.json  metrics.jsonl  checkpoints/  (tensorboard/  wandb/  profile/)
+
+What `config.seed` decides, and nothing else that is random does:
+
+- the initial values of what is new: heads and adapters;
+- which prompts are held out where there is no `data.eval_path`, and the pairs of "synthetic";
+- the order in which trees are packed into rows, once, and the shuffle of rows in each epoch;
+- one random key a row and step, for what a loss draws (dropout, noise).
+
+(The weights of `init=tiny` are always the same ones.) What stays equal:
+
+- the same config, data and software on the same machine: every bit, and every bit of a run that
+  was killed and resumed. On a GPU, XLA adds some sums in no fixed order, unless
+  XLA_FLAGS=--xla_gpu_deterministic_ops=true;
+- another mesh, number of processes or `train.microbatches`: the batches in their order, the row
+  keys and the initial values exactly; losses and gradients up to the rounding of float32 (1e-5);
+- a run resumed on another mesh: goes on with the same global batch;
+- another seed, `data.batch`, row length, template or data: nothing; it is another run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-import platform
-import subprocess
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +32,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxreward import __version__
+from jaxreward.core.provenance import environment
 from jaxreward.core.resolve import resolve
 from jaxreward.data import pipeline, sources, tokenize
 from jaxreward.models import trainable
 from jaxreward.parallel import hosts, mesh, rules
-from jaxreward.train import checkpoint, compile_cache, loop, optim, state, step, writers
+from jaxreward.train import checkpoint, compile_cache, loop, optim, state, step, tracking, writers
+from jaxreward.train.plan import peak
 
+log = logging.getLogger(__name__)
 PyTree = Any
 
 
@@ -217,47 +235,19 @@ def corpus(data) -> Callable | None:
     return resolve("data.corpora", name) if name else None
 
 
-def environment() -> dict:
-    """Versions, platform, command and commit, for environment.json."""
-    import flax
-    import optax
-    import orbax.checkpoint as ocp
+def enter(workdir: str | Path, train=None) -> Path:
+    """Makes the workdir, checks that all processes share it, and keeps compiled programs.
 
-    # Of a source checkout only: an installed package may lie inside somebody else's repository.
-    where = Path(__file__).resolve().parents[2]
-    commit = None
-    if (where / "pyproject.toml").is_file():
-        commit = _commit(where)
-    return {
-        "jaxreward": __version__,
-        "commit": commit,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "optax": optax.__version__,
-        "orbax-checkpoint": ocp.__version__,
-        "command": " ".join(sys.argv),
-    }
+    Args:
+      workdir: The run's folder.
+      train: The config's section `train`; what it asks for and is not there fails at once, and
+        not after the model is read.
 
-
-def _commit(where):
-    try:
-        return subprocess.run(
-            ["git", "-C", str(where), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def enter(workdir: str | Path) -> Path:
-    """Makes the workdir, checks that all processes share it, and keeps compiled programs."""
+    Raises:
+      ValueError, ImportError: as `tracking.check`, and if the processes do not share the folder.
+    """
+    if train is not None:
+        tracking.check(train)
     compile_cache.enable()
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -277,17 +267,22 @@ def run(built: Built, workdir: Path, train) -> None:
 
     Raises:
       ValueError: if the checkpoints were trained from other weights, or none is whole.
+      ImportError: if a tracker that `train` asks for is not installed.
     """
-    facts = {**environment(), **built.facts}
-    say = functools.partial(print, file=sys.stderr) if hosts.is_writer() else lambda text: None
-    if hosts.is_writer():
+    made_by = environment()
+    facts = {**made_by, **built.facts}
+    data = {name: _source(built.facts.get(name, {})) for name in ("data", "eval_data")}
+    meta = {**built.meta, **data, "environment": made_by}
+    writes = hosts.is_writer()
+    say = writers.say if writes else lambda text: None
+    if writes:
         (workdir / "environment.json").write_text(json.dumps(facts, indent=1, default=str))
     say(f"mesh        {built.facts['mesh']}")
     for name in ("data", "eval_data", "rows", "steps", "parameters"):
         shown = ", ".join(f"{k} {v}" for k, v in facts[name].items() if k != "sha256")
         say(f"{name:<11} {shown}")
     with checkpoint.Checkpoints(workdir, keep=train.keep) as checkpoints:
-        start = built.state
+        start, skipped = built.state, None
         checkpoints.remove_unfinished()
         if checkpoints.latest() is not None:
             saved = checkpoints.meta()
@@ -296,11 +291,26 @@ def run(built: Built, workdir: Path, train) -> None:
                     f"{workdir}: the checkpoint was trained from other weights than those now in "
                     f"{built.folder}; put the old ones back or use a new workdir"
                 )
-            start, data, _ = checkpoints.restore(start)
-            built.batches.set_state(data["iterator"])
+            start, position, saved = checkpoints.restore(start)
+            was, now = (x.get("data", {}).get("sha256") for x in (saved, meta))
+            if was and was != now:
+                log.warning(
+                    "%s: the checkpoint was trained on other data than those now in %s; the run "
+                    "goes on at the same step of another order",
+                    workdir,
+                    data["data"].get("path"),
+                )
+            built.batches.set_state(position["iterator"])
+            skipped = position.get("skipped")
             say(f"resumed     step {int(start.step)} of {built.steps}")
-        metrics_file = writers.MetricsFile(workdir, step=int(start.step), writes=hosts.is_writer())
-        try:
+        at = int(start.step)
+        profile = tracking.Profile(
+            workdir / "profile", train.profile_from, train.profile_steps, start=at
+        )
+        with (
+            tracking.Metrics(workdir, train, step=at, facts=facts, writes=writes) as metrics,
+            contextlib.closing(profile),
+        ):
             loop.run(
                 built.step,
                 start,
@@ -308,16 +318,22 @@ def run(built: Built, workdir: Path, train) -> None:
                 built.batches,
                 to_device=built.to_device,
                 steps=built.steps,
-                metrics_file=metrics_file,
+                metrics_file=metrics,
                 checkpoints=checkpoints,
-                meta=built.meta,
+                meta=meta,
                 schedule=built.schedule,
                 evaluate=built.evaluate,
                 log_every=train.log_every,
                 eval_every=train.eval_every,
                 save_every=train.save_every,
                 max_skipped=train.max_skipped,
+                skipped=skipped,
                 total=functools.partial(hosts.total, rules=built.rules),
+                peak=peak(built.rules.mesh.devices.flat if built.rules else jax.devices()[:1]),
+                profile=profile if writes else None,
             )
-        finally:
-            metrics_file.close()
+
+
+def _source(facts):
+    """Of the facts about data, those that name it."""
+    return {k: facts[k] for k in ("path", "sha256") if k in facts}

@@ -20,7 +20,7 @@ from jaxreward.core import metrics as m
 from jaxreward.core import trees
 from jaxreward.data import pipeline
 from jaxreward.data.tokenize import Tree
-from jaxreward.train import checkpoint, loop, optim, writers
+from jaxreward.train import checkpoint, loop, optim, tracking, writers
 from jaxreward.train import state as states
 from jaxreward.train import step as steps
 
@@ -69,10 +69,12 @@ class Run:
         the batches of the steps in `poison` hold a NaN."""
         batches = pipeline.batches(make_trees(), row_len=16, batch=2, seed=3)
         state = states.create({"table": jnp.linspace(-1, 1, VOCAB)}, TX, jax.random.key(4))
+        skipped = None
         with checkpoint.Checkpoints(self.folder, keep=keep) as checkpoints:
             if checkpoints.latest() is not None:
                 state, data, _ = checkpoints.restore(state)
                 batches.set_state(data["iterator"])
+                skipped = data["skipped"]
             number = int(state.step)
 
             def to_device(raw):
@@ -84,6 +86,7 @@ class Run:
 
             file = writers.MetricsFile(self.folder, step=number)
             kw = {"log_every": 1, "save_every": 2, "checkpoints": checkpoints, **kw}
+            kw["skipped"] = skipped
             with contextlib.closing(file):
                 return loop.run(
                     STEP,
@@ -247,6 +250,21 @@ def test_skipped_but_not_in_a_row(run):
         run(max_skipped=0)
 
 
+def test_skipped_in_a_row_is_counted_across_a_resume(run):
+    """Catches a run that diverges, is restarted by its scheduler, and diverges for ever."""
+
+    def kill(number):
+        if number == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(before=kill, poison={3, 4}, keep=9)
+    message = "^3 steps in a row .*: grad_norm, loss at steps 3, 4, 5. .* is of step 4$"
+    with pytest.raises(FloatingPointError, match=message):
+        run(poison={5})
+    assert int(run().step) == STEPS  # a good step ends the row
+
+
 def test_a_save_that_fails_is_not_the_end(run, uninterrupted, monkeypatch, caplog):
     """Catches a full disk that ends a run in its middle, and a last save that fails in silence."""
     import orbax.checkpoint as ocp
@@ -309,8 +327,79 @@ def test_a_line_is_the_mean_over_its_steps(run, uninterrupted):
     assert first["train/lr"] == pytest.approx(0.05 * 0.5 * (1 + math.cos(math.pi * 2 / 6)))
     assert first["train/tokens_per_second"] > 0
     assert set(first) - {"step"} == {
-        f"train/{k}" for k in ("loss", "error", "grad_norm", "lr", "skipped", "tokens_per_second")
+        f"train/{k}"
+        for k in (
+            *("loss", "error", "grad_norm", "lr", "skipped"),
+            *("tokens_per_second", "flops_per_second"),
+        )
     }
+
+
+class Product:
+    """A step of one known product, 2 * 4 * 8 * 16 FLOPs, that takes a second of a made-up clock."""
+
+    def __init__(self, now, loops=False):
+        self.traces, self._now = 0, now
+
+        def step(state, frozen, batch):
+            self.traces += 1
+            body = lambda x: jnp.tanh(x @ frozen @ frozen.T) if loops else x @ frozen
+            x = batch["x"]
+            x = jax.lax.while_loop(lambda x: x[0, 0] > 1, body, x) if loops else body(x)
+            metrics = {"loss": m.Mean.of(x, jnp.ones_like(x))}
+            return state.replace(step=state.step + 1), metrics
+
+        self._step = jax.jit(step)
+        self.trace = self._step.trace
+
+    def __call__(self, *args):
+        self._now[0] += 1.0
+        return self._step(*args)
+
+
+@pytest.mark.parametrize(
+    ("peak", "loops", "shown"),
+    [(4096.0, False, "MFU 25.0%"), (None, False, "MFU n/a"), (4096.0, True, "MFU n/a")],
+)
+def test_flops_and_their_share_of_the_peak(tmp_path, monkeypatch, capsys, peak, loops, shown):
+    """Catches an invented peak or count, a rate of the wrong window, and a second trace."""
+    now = [0.0]
+    for module in (loop, writers):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    step = Product(now, loops)
+    state = states.create({"x": jnp.zeros(())}, TX, jax.random.key(0))
+    with contextlib.closing(writers.MetricsFile(tmp_path)) as file:
+        loop.run(
+            step,
+            state,
+            jnp.ones((8, 16)),
+            iter([{"mask": np.ones((2, 5), bool)}] * 4),
+            to_device=lambda raw: {"x": jnp.zeros((4, 8))},
+            steps=4,
+            metrics_file=file,
+            log_every=2,
+            peak=peak,
+        )
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        assert line["train/tokens_per_second"] == 10.0
+        assert line.get("train/flops_per_second") == (None if loops else 2 * 4 * 8 * 16)
+        assert line.get("train/mfu") == (0.25 if peak and not loops else None)
+    assert step.traces == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err == [
+        f"train 2/4  loss 0  2 s left  10 tokens/s  {shown}",
+        f"train 4/4  loss 0  10 tokens/s  {shown}",
+    ]
+
+
+def test_a_profile_is_written_and_changes_nothing(run, uninterrupted, capsys):
+    """Catches a trace that is not there, that nobody is told of, or that moves a number."""
+    with contextlib.closing(tracking.Profile(run.folder / "profile", 0, 2)) as profile:
+        same(run(profile=profile), run.lines(), uninterrupted)
+    assert [path.name for path in (run.folder / "profile").rglob("*.xplane.pb")]
+    told = [line for line in capsys.readouterr().err.splitlines() if "profile" in line]
+    (line,) = told
+    assert line.startswith("profile     steps 2 to 3 in ") and "xprof --port 8791" in line
 
 
 def test_the_signal_handler_only_lives_in_the_main_thread(run):

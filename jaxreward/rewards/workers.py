@@ -209,7 +209,7 @@ class Workers:
                     if worker.child.poll() is None:
                         name, number = worker.task = tasks.popleft()
                         worker.send(f"[{json.dumps(name)},{lines[number]}]\n".encode())
-                    else:  # it ended between two tasks, so no sample is at fault
+                    else:
                         self._end(worker)
             self._listen(replies)
             busy = sum(worker.task is not None for worker in self._crew)
@@ -236,6 +236,9 @@ class Workers:
 
     def _heard(self, worker, replies):
         """A child's reply is whole, or will never be."""
+        if not worker.waited:  # it ended with nothing to do, so no sample is at fault
+            self._end(worker)
+            return
         if not worker.reply.endswith(b"\n"):
             self._lost(worker, replies)
             return
@@ -259,8 +262,9 @@ class Workers:
         """A child is late or gone."""
         seconds = time.monotonic() - worker.since
         code = self._end(worker, patience=0.0 if late else 1.0)
-        if worker.ready and seconds >= self._timeout:
-            why = f"took longer than {self._timeout:g} s"
+        limit = self._timeout if worker.ready else _START_LIMIT
+        if seconds >= limit:
+            why = f"took longer than {limit:g} s"
         elif code < 0:
             killed = " (out of memory?)" if -code == signal.SIGKILL else ""
             why = f"died of {signal.Signals(-code).name}{killed}"

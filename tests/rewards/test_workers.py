@@ -81,6 +81,8 @@ def loaded(prompt, answer, record):
     return {"jax": "jax" in sys.modules, "cpu": os.environ["JAX_PLATFORMS"] == "cpu"}
 def right(prompt, answer, record): return {"right": answer == record["gold"]}
 def nap(prompt, answer, record):
+    if answer == "0":
+        threading.Timer(0.2, os._exit, [1]).start()
     time.sleep(float(answer))
     return float(answer)
 '''
@@ -239,6 +241,16 @@ def test_what_a_reward_has_started_ends(module):
         await_end([int(printed.split()[0]) for printed in graded.printed], 2.0)
 
 
+def test_a_reward_of_a_config_is_guarded():
+    """Catches a function of `resolve`, bound to keywords, that is taken for one without a name."""
+    reward = resolve.resolve("rewards", "verdict.agreement", choices=("A", "B", "tie"))
+    answer = "<think>equal</think><answer>tie</answer>"
+    with Workers({"verdict": reward}, workers=1) as workers:
+        assert workers._crew
+        graded = workers.grade([("p", answer, {"label": "tie"})])["verdict"]
+    assert graded.parts == ("accuracy", "format") and graded.values.tolist() == [[1.0, 1.0]]
+
+
 def test_order_and_names(small):
     """Catches replies that reach another sample or another reward."""
     answers = ["x" * (n * 37 % 101) for n in range(300)]
@@ -305,6 +317,14 @@ def test_a_child_that_died_in_between_costs_nothing(small):
     assert small.grade([("p", "ab", {"gold": "ab"})] * 6)["right"].values.sum() == 6
 
 
+def test_a_child_that_dies_while_another_works_costs_nothing(module):
+    """Catches the last reply of a child taken for one more when its pipe ends."""
+    with Workers({"nap": module.nap}, workers=2) as workers:
+        graded = workers.grade([("p", "0", {}), ("p", "0.6", {})])["nap"]
+        assert graded.ok.all() and len(workers._crew) == 1
+        assert workers.grade([("p", "0.01", {})] * 2)["nap"].ok.all()
+
+
 def test_an_interrupted_batch_does_not_answer_into_the_next(module):
     """Catches replies left in a pipe after Ctrl-C, which would grade other samples."""
     with Workers({"nap": module.nap}, workers=2) as workers:
@@ -315,8 +335,8 @@ def test_an_interrupted_batch_does_not_answer_into_the_next(module):
         with pytest.raises(KeyboardInterrupt):
             workers.grade([("p", "0.6", {}), ("p", "2", {})])
         timer.join()
-        values = workers.grade([("p", "0", {}), ("p", "0.01", {})])["nap"].values
-    np.testing.assert_allclose(values[:, 0], [0.0, 0.01], rtol=1e-6)
+        values = workers.grade([("p", "0.01", {}), ("p", "0.02", {})])["nap"].values
+    np.testing.assert_allclose(values[:, 0], [0.01, 0.02], rtol=1e-6)
 
 
 def test_parts_are_those_of_most_samples_or_as_declared(module):

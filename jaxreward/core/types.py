@@ -159,46 +159,47 @@ class PairRows(Rows):
 
 @struct.dataclass
 class RolloutRows(Rows):
-    """Rows of sampled answers, with what a policy's losses ask for, slot by slot.
+    """Rows of sampled answers, and what a policy's losses ask for of the S tokens a row that are
+    trained on. They stand in the order of the row; -1 in `answer` fills up.
 
     Attributes:
-      answer: Which answer of its row a slot belongs to, int32[B, T]; -1 = not trained on (prompt,
-        padding, what the model did not write, an answer that was taken out).
-      group: The prompt of each answer, counted over the whole batch, int32[B, K]; -1 = no answer.
-      advantages: Of each token, float32[B, T].
-      weight: Of each token in the mean over the batch, float32[B, T].
-      sampler_logps: Log-probabilities that the sampler reported, float32[B, T].
-      old_logps: By the trainer's forward pass when the answers were sampled, float32[B, T]; None
+      source: Slot of the state that predicts the token, int32[B, S].
+      target: The token, int32[B, S].
+      answer: Which answer of its row the token belongs to, int32[B, S]; -1 = no token, or one of
+        an answer that was taken out.
+      group: The prompt of each answer, counted over all rows of a round, int32[B, K]; -1 = none.
+      sampler_logps: Log-probabilities that the sampler reported, float32[B, S].
+      advantages: float32[B, S].
+      weight: Of each token in the mean over the batch, float32[B, S].
+      old_logps: By the trainer's forward pass when the answers were sampled, float32[B, S]; None
         where each answer is used for one update, before which nothing has changed.
-      ref_logps: Of the reference, float32[B, T]; None without one.
+      ref_logps: Of the reference, float32[B, S]; None without one.
     """
 
-    answer: Int[Array, "B T"] = None
+    source: Int[Array, "B S"] = None
+    target: Int[Array, "B S"] = None
+    answer: Int[Array, "B S"] = None
     group: Int[Array, "B K"] = None
-    advantages: Float[Array, "B T"] = None
-    weight: Float[Array, "B T"] = None
-    sampler_logps: Float[Array, "B T"] = None
-    old_logps: Float[Array, "B T"] | None = None
-    ref_logps: Float[Array, "B T"] | None = None
+    sampler_logps: Float[Array, "B S"] = None
+    advantages: Float[Array, "B S"] = None
+    weight: Float[Array, "B S"] = None
+    old_logps: Float[Array, "B S"] | None = None
+    ref_logps: Float[Array, "B S"] | None = None
 
     def validate(self):
-        """As `Rows.validate`, and that each slot's answer is there and made of scored tokens."""
+        """As `Rows.validate`, and that tokens belong to answers that are there."""
         _rows(self)
         B, T = self.tokens.shape
-        for name in ("answer", "advantages", "weight", "sampler_logps", "old_logps", "ref_logps"):
-            value = getattr(self, name)
-            if value is None and name in ("old_logps", "ref_logps"):
-                continue
-            kind = np.integer if name == "answer" else np.floating
-            if value is None or value.shape != (B, T) or not np.issubdtype(value.dtype, kind):
-                came = None if value is None else f"{value.dtype}{list(value.shape)}"
-                raise ValueError(
-                    f"RolloutRows.{name} must be {kind.__name__}[{B}, {T}]; received {came}"
-                )
+        shape = None if self.answer is None else self.answer.shape
+        for name in ("source", "target", "answer"):
+            _scored(self, name, shape, np.integer)
+        for name in ("sampler_logps", "advantages", "weight", "old_logps", "ref_logps"):
+            if getattr(self, name) is not None or not name.endswith(("old_logps", "ref_logps")):
+                _scored(self, name, shape, np.floating)
         if self.group is None or self.group.ndim != 2 or len(self.group) != B:
             came = None if self.group is None else list(self.group.shape)
             raise ValueError(f"RolloutRows.group must be [{B}, K]; received {came}")
-        if not _concrete(self.answer, self.group, self.loss_mask):
+        if not _concrete(self.answer, self.group, self.source):
             return self
         answer, K = np.asarray(self.answer), self.group.shape[1]
         if (answer < -1).any() or (answer >= K).any():
@@ -206,12 +207,25 @@ class RolloutRows(Rows):
                 f"RolloutRows.answer must lie in -1..{K - 1}; received "
                 f"{answer.min()}..{answer.max()}"
             )
-        if ((answer >= 0) & ~np.asarray(self.loss_mask)).any():
-            raise ValueError("RolloutRows.answer names an answer where loss_mask is False")
         of = np.take_along_axis(np.asarray(self.group), np.maximum(answer, 0), axis=1)
         if ((answer >= 0) & (of < 0)).any():
             raise ValueError("RolloutRows.answer names an answer whose group is -1")
+        source = np.asarray(self.source)
+        seen = np.take_along_axis(np.asarray(self.mask), np.clip(source, 0, T - 1), axis=1)
+        if ((answer >= 0) & ((source < 0) | (source >= T) | ~seen)).any():
+            raise ValueError("RolloutRows.source points at a slot without a token")
         return self
+
+
+def _scored(rows, name, shape, kind):
+    value = getattr(rows, name)
+    B = rows.tokens.shape[0]
+    fits = value is not None and value.ndim == 2 and value.shape == shape and len(value) == B
+    if not fits or not np.issubdtype(value.dtype, kind):
+        came = None if value is None else f"{value.dtype}{list(value.shape)}"
+        raise ValueError(
+            f"RolloutRows.{name} must be {kind.__name__}[{B}, S] with one S; received {came}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

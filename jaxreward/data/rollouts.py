@@ -84,9 +84,11 @@ def minibatches(groups, *, count, row_len, answers_per_row, multiple):
 
     Returns:
       (batches, efficiency): for each minibatch the arrays of `RolloutRows` that are known from
-      sampling, as dict of tokens, mask, loss_mask, positions, segments, trunk, answer i32[R, T],
-      group i32[R, K] (number of the group), index i32[R, K, 2] (group and answer, -1 = none),
-      version i32[R, T] and sampler_logps f32[R, T]; and the share of all slots that hold tokens.
+      sampling, as dict of tokens, mask, loss_mask, positions, segments, trunk; source, target,
+      answer i32[R, S] and sampler_logps f32[R, S] of the tokens that the model wrote; group
+      i32[R, K] (number of the group), member i32[R, K] (of the answer in its group; both -1 = none)
+      and version i32[R, S]. S is the same for all, an eighth of the row or a multiple of it. And
+      the share of all slots that hold tokens.
 
     Raises:
       ValueError: if the groups do not divide, or as `trees` and `pipeline.pack`.
@@ -104,15 +106,19 @@ def minibatches(groups, *, count, row_len, answers_per_row, multiple):
         plans.append((ours, where, plan))
     most = max(len(plan) for _, _, plan in plans)
     rows = multiple * (1 << math.ceil(math.log2(math.ceil(most / multiple))))
-    batches = [
-        _batch(groups, *plan, rows=rows, row_len=row_len, answers_per_row=answers_per_row)
-        for plan in plans
-    ]
+    kw = dict(rows=rows, row_len=row_len, answers_per_row=answers_per_row)
+    batches = [_batch(groups, *plan, **kw) for plan in plans]
+    part = math.ceil(row_len / 8)
+    longest = max(int((batch["answer"] >= 0).sum(axis=1).max()) for batch in batches)
+    size = min(row_len, part * max(1, math.ceil(longest / part)))
+    for batch in batches:
+        batch |= {name: batch[name][:, :size] for name in _SCORED}
     used = sum(int(batch["mask"].sum()) for batch in batches)
     return batches, used / (count * rows * row_len)
 
 
 _KEPT = ("tokens", "mask", "loss_mask", "positions", "segments", "trunk")
+_SCORED = ("source", "target", "answer", "version", "sampler_logps")
 
 
 def _batch(groups, ours, where, plan, *, rows, row_len, answers_per_row):
@@ -122,22 +128,29 @@ def _batch(groups, ours, where, plan, *, rows, row_len, answers_per_row):
             ours, members, row_len=row_len, answers_per_row=answers_per_row, pairs_per_row=1
         )
         out = {name: row[name] for name in _KEPT}
-        out["answer"] = np.full(row_len, -1, np.int32)
-        out["group"] = np.full(answers_per_row, -1, np.int32)
-        out["index"] = np.full((answers_per_row, 2), -1, np.int32)
-        out["version"] = np.zeros(row_len, np.int32)
+        out |= {name: np.zeros(row_len, np.int32) for name in _SCORED}
         out["sampler_logps"] = np.zeros(row_len, np.float32)
+        out["answer"] -= 1
+        out |= {name: np.full(answers_per_row, -1, np.int32) for name in ("group", "member")}
+        at = 0
         for k, (tree, j) in enumerate(row["index"]):
             if tree < 0:
                 continue
             g, i = where[tree][j]
             answer = groups[g][i]
+            out["group"][k], out["member"][k] = g, i
             end = row["ends"][k] + 1
-            span = slice(end - len(answer.tokens), end)
-            out["answer"][span] = np.where(answer.written, k, -1)
-            out["group"][k] = g
-            out["index"][k] = g, i
-            out["version"][span] = answer.version
-            out["sampler_logps"][span] = np.where(answer.written, answer.logps, 0.0)
+            slots = np.arange(end - len(answer.tokens), end)
+            before = slots - 1
+            # The first token follows the prompt, wherever in the row that ends.
+            before[0] = np.flatnonzero(row["segments"] == row["trunk"][slots[0]])[-1]
+            written = np.asarray(answer.written, np.bool_)
+            span = slice(at, at + int(written.sum()))
+            out["source"][span] = before[written]
+            out["target"][span] = answer.tokens[written]
+            out["answer"][span] = k
+            out["version"][span] = answer.version[written]
+            out["sampler_logps"][span] = answer.logps[written]
+            at = span.stop
         made.append(out)
     return {name: np.stack([row[name] for row in made]) for name in made[0]}

@@ -5,6 +5,7 @@ import pytest
 
 from jaxreward.core.types import RolloutRows, Trajectory
 from jaxreward.data import rollouts
+from jaxreward.objectives import supervised
 
 
 def group(number, lengths, prompt=5, version=3):
@@ -28,38 +29,49 @@ def group(number, lengths, prompt=5, version=3):
 GROUPS = [group(0, [4, 2, 6]), group(1, [3, 3, 3]), group(2, [9, 1, 2]), group(3, [2, 2, 2])]
 
 
+NAMES = ("tokens", "mask", "loss_mask", "positions", "segments", "trunk")
+SCORED = ("source", "target", "answer", "group", "sampler_logps")
+
+
 def rows_of(batch):
-    zeros = np.zeros(batch["tokens"].shape, np.float32)
-    names = ("tokens", "mask", "loss_mask", "positions", "segments", "trunk", "answer", "group")
-    return RolloutRows(
-        **{name: batch[name] for name in names},
-        sampler_logps=batch["sampler_logps"],
-        advantages=zeros,
-        weight=zeros,
-    ).validate()
+    zeros = np.zeros(batch["answer"].shape, np.float32)
+    named = {name: batch[name] for name in NAMES + SCORED}
+    return RolloutRows(**named, advantages=zeros, weight=zeros).validate()
 
 
 def test_every_token_stands_with_its_own_numbers():
-    """Catches numbers of another answer, slots that are off by one, and tool output that counts."""
+    """Catches numbers of another answer, states that are off by one, tool output that counts."""
     batches, efficiency = rollouts.minibatches(
         GROUPS, count=2, row_len=32, answers_per_row=8, multiple=1
     )
-    assert len(batches) == 2 and len({b["tokens"].shape for b in batches}) == 1
+    assert len(batches) == 2 and len({b["answer"].shape for b in batches}) == 1
     seen = {}
     for b, batch in enumerate(batches):
         rows_of(batch)
-        for r, t in np.argwhere(batch["answer"] >= 0):
-            token, k = int(batch["tokens"][r, t]), int(batch["answer"][r, t])
-            g, i = batch["index"][r, k]
+        for r, s in np.argwhere(batch["answer"] >= 0):
+            token, k = int(batch["target"][r, s]), int(batch["answer"][r, s])
+            g, i = batch["group"][r, k], batch["member"][r, k]
             assert g % 2 == b and (token // 1000, token // 100 % 10) == (g, i)
-            assert batch["group"][r, k] == g and batch["version"][r, t] == 3
-            assert batch["sampler_logps"][r, t] == -token and batch["loss_mask"][r, t]
+            assert batch["version"][r, s] == 3 and batch["sampler_logps"][r, s] == -token
+            before = batch["tokens"][r, batch["source"][r, s]]
+            assert before == (token - 1 if token % 100 else GROUPS[g][0].prompt[-1])
             seen[token] = seen.get(token, 0) + 1
     want = {int(x) for g in GROUPS for a in g for x in a.tokens[a.written]}
     assert seen == dict.fromkeys(want, 1)
     used = sum(len(g[0].prompt) + sum(len(a.tokens) for a in g) for g in GROUPS)
     slots = sum(batch["mask"].size for batch in batches)
     assert efficiency == pytest.approx(used / slots)
+
+
+def test_scored_tokens_are_what_the_objectives_find():
+    """Catches a second opinion about which state predicts a token."""
+    (batch,), _ = rollouts.minibatches(GROUPS, count=1, row_len=32, answers_per_row=8, multiple=1)
+    names = ("tokens", "loss_mask", "segments", "trunk")
+    at = supervised.scored(*(batch[name] for name in names), size=batch["answer"].shape[1])
+    live = batch["answer"] >= 0
+    np.testing.assert_array_equal(at.mask, live)
+    np.testing.assert_array_equal(np.asarray(at.source)[live], batch["source"][live])
+    np.testing.assert_array_equal(np.asarray(at.target)[live], batch["target"][live])
 
 
 def test_the_prompt_is_there_once_a_group():

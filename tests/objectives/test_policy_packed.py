@@ -1,6 +1,8 @@
 """Losses of online RL on packed rows: as alone, in any order, under masks, jit and microbatches."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -224,3 +226,17 @@ def test_microbatches_change_nothing():
     assert np.abs(made[1][0]).max() > 1e-3
     np.testing.assert_allclose(made[3][0], made[1][0], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(made[3][1], made[1][1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_example_of_the_page_runs():
+    """Catches a page that shows what no longer works: docs/policy_objectives.md."""
+    page = Path(__file__).parents[2] / "docs" / "policy_objectives.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(compile(block, str(page), "exec"), names)
+    answer = np.asarray(names["answer"])
+    np.testing.assert_array_equal(names["kept"], np.where(np.arange(2)[:, None] == 0, answer, -1))
+    # Rewards 1 and 0 of the first row: its tokens move, those of equal rewards do not.
+    moved = np.asarray(names["slope"]) != 0
+    np.testing.assert_array_equal(moved, np.asarray(names["kept"]) >= 0)
+    np.testing.assert_array_equal(np.asarray(names["dler"]) != 0, moved)

@@ -13,6 +13,7 @@ import pytest
 from jaxreward import cli
 from jaxreward.core.resolve import resolve
 from jaxreward.models import decoder, families
+from jaxreward.recipes import preference
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -89,8 +90,21 @@ def test_a_loss_and_an_evaluator_from_outside_the_package_train(paper):
     assert "eval/heldout/accuracy" in last
 
 
+def test_a_loss_of_main_is_taken_for_one_of_pairs(monkeypatch):
+    """Catches a `__main__` that is looked for in the package, and a user's keyword that is lost."""
+    here = {}
+    exec("def my_loss(chosen, rejected, *, width=1.0): return width - (chosen - rejected)", here)
+    monkeypatch.setattr(sys.modules["__main__"], "my_loss", here["my_loss"], raising=False)
+    entry = {"fn": "__main__:my_loss", "coef": 0.5, "width": 3.0, "margin": "none"}
+    _, _, coef = preference.make_loss(None, {"mine": entry})
+    assert coef == {"mine": 0.5}
+    with pytest.raises(ValueError, match="does not take height; it accepts: chosen, rejected"):
+        preference.make_loss(None, {"mine": {**entry, "height": 1.0}})
+
+
+@pytest.mark.slow
 def test_a_loss_of_a_notebook_trains(tmp_path, require):
-    """Catches a `__main__` that is looked for in the package, where the kernel's own is meant."""
+    """The notebook of docs/add_a_paper.md in a real kernel, whose functions no file holds."""
     require("nbclient")
     require("ipykernel")
     import nbclient

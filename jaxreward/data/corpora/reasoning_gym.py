@@ -1,10 +1,15 @@
-"""Arithmetic problems with exact checkers, made by reasoning_gym's own generators (Apache-2.0).
+"""Problems with exact checkers, made by reasoning_gym's own generators (Apache-2.0).
+
+`problems` draws from three sorts of arithmetic, of which it knows every distinct problem;
+`generate` draws from any of reasoning_gym's tasks.
 
 The generators draw item i of seed s from the random state s + i, so two nearby seeds give nearly
 the same problems: separate training from evaluation with `split`, not with another seed.
 """
 
+import difflib
 import functools
+import json
 import random
 
 from jaxreward.rewards.final_number import final_number
@@ -90,11 +95,69 @@ def problems(task, *, count, seed, both_orders=False):
     return list(drawn.values())
 
 
+def generate(task, *, count, seed, config=None):
+    """Draws distinct problems of any of reasoning_gym's tasks, for `rewards.reasoning`.
+
+    Args:
+      task: reasoning_gym's name, such as "basic_arithmetic" or "knights_knaves". "composite", which
+        mixes others, is not taken: draw from each and join the lists.
+      count: How many.
+      seed: Of the generator; non-negative int.
+      config: Settings of the task, a dict such as {"min_terms": 2}, JSON values; None for its own.
+
+    Returns:
+      list of dict(id, prompt, answer, task, key, metadata, config), all str, the last two JSON.
+      `answer` is None where the task has no one answer. `key` is the question, word for word, for
+      `split`: what asks the same in other words counts as another problem.
+
+    Raises:
+      KeyError: for an unknown task; names near misses.
+      ValueError: for settings the task does not take, or if it gives too few distinct problems.
+    """
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    if task not in DATASETS or task == "composite":
+        near = difflib.get_close_matches(str(task), DATASETS, n=3)
+        raise KeyError(
+            f"unknown task {task!r}"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+            + f" reasoning_gym has {len(DATASETS) - 1}, listed in its GALLERY.md"
+        )
+    draws = 3 * count + 100
+    try:
+        dataset = create_dataset(task, **{**(config or {}), "seed": seed, "size": draws})
+    except (TypeError, ValueError, AssertionError) as error:
+        fields = [name for name in DATASETS[task][1].__dataclass_fields__ if name != "size"]
+        raise ValueError(
+            f"task {task} does not take config {config} ({error}); its settings are "
+            f"{', '.join(fields)}"
+        ) from error
+    drawn = {}
+    for index in range(draws):
+        item = dataset[index]
+        if item["question"] not in drawn:
+            drawn[item["question"]] = {
+                "id": f"{task}-{len(drawn)}",
+                "prompt": item["question"],
+                "answer": item["answer"],
+                "task": task,
+                "key": item["question"],
+                "metadata": json.dumps(item["metadata"]),
+                "config": json.dumps(config or {}),
+            }
+        if len(drawn) == count:
+            return list(drawn.values())
+    raise ValueError(
+        f"task {task} with config {config or {}} gave {len(drawn)} distinct problems in {draws} "
+        f"draws; count is {count}; widen its settings"
+    )
+
+
 def split(problems, *, fraction, seed):
     """Parts problems by key, so that no problem stands on both sides in another operand order.
 
     Args:
-      problems: From `problems`; several tasks may be mixed, keys may repeat.
+      problems: From `problems` or `generate`; several tasks may be mixed, keys may repeat.
       fraction: Share of the distinct keys on the second side, 0 < fraction < 1.
       seed: Decides which.
 

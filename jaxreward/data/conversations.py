@@ -34,10 +34,13 @@ def read(path, *, on_bad="error", corpus=None):
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field, what was expected and what came; or when no row is left.
     """
-    return sources.read_rows(path, _record, what="conversation", on_bad=on_bad, corpus=corpus)
+    return sources.read_rows(
+        path, conversation_of, what="conversation", on_bad=on_bad, corpus=corpus
+    )
 
 
-def _record(row, number):
+def conversation_of(row, number):
+    """A record of `read` of a row. Raises `formats.Bad`."""
     name = sources.id_of(row, number)
     have = {k for k in ("messages", "prompt", "completion") if row.get(k) is not None}
     if row.get("label") is False:

@@ -18,9 +18,9 @@ KINDS = ("pairs", "chats", "prompts")
 # The fields that tell the kinds apart; a prompt alone is only to be answered.
 SIGNS = {"pairs": ("chosen", "rejected"), "chats": ("messages", "completion", "text")}
 _PARSE = {
-    "pairs": (sources._pair, "pair"),
-    "chats": (conversations._record, "conversation"),
-    "prompts": (sources._prompt, "prompt"),
+    "pairs": (sources.pair_of, "pair"),
+    "chats": (conversations.conversation_of, "conversation"),
+    "prompts": (sources.prompt_of, "prompt"),
 }
 _FIRST = 20  # rows that decide the kind
 
@@ -191,36 +191,26 @@ def read(path, kind, *, corpus=None, limit=None):
 
     Returns:
       (records, report). The report is dict(read=int, kept=int, skipped={reason: int},
-      places={reason: [line or row numbers]}); a reason may lack its places.
+      places={reason: [line or row numbers]}).
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: when no row is left, with the reasons.
     """
     parse, what = _PARSE[kind]
-    places = {}
-
-    def note(bad, number):
-        reason = f"{bad.field}: {bad.reason}" if bad.field else bad.reason
-        places.setdefault(reason, []).append(number)
-
-    def noted(row, number):
-        try:
-            return parse(row, number)
-        except formats.Bad as bad:
-            note(bad, number)
-            raise
-
+    places = collections.defaultdict(list)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report says it all
         records, report = sources.read_rows(
-            path, noted, what=what, on_bad="skip", limit=limit, corpus=corpus
+            path,
+            parse,
+            what=what,
+            on_bad="skip",
+            limit=limit,
+            corpus=corpus,
+            noted=lambda number, reason: places[reason].append(number),
         )
-    if report["skipped"].keys() - places.keys():  # of rows that were not even parsed
-        for number, row in itertools.islice(_rows(path, corpus), report["read"]):
-            if isinstance(row, formats.Bad):
-                note(row, number)
-    return records, {**report, "places": places}
+    return records, {**report, "places": dict(places)}
 
 
 # Tokens and lengths

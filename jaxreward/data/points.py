@@ -37,11 +37,12 @@ def read(path, *, on_bad="error", limit=None, corpus=None):
       ValueError: naming file:line:field, what was expected and what came; or when no row is left.
     """
     return sources.read_rows(
-        path, _record, what="labelled answer", on_bad=on_bad, limit=limit, corpus=corpus
+        path, point_of, what="labelled answer", on_bad=on_bad, limit=limit, corpus=corpus
     )
 
 
-def _record(row, number):
+def point_of(row, number):
+    """A record of `read` of a row. Raises `formats.Bad`."""
     found = sources.answer_of(row, number)
     if len(found["answers"]) != 1:
         raise Bad("is a pair; a labelled answer stands alone", field="chosen")
@@ -65,9 +66,7 @@ def _record(row, number):
     if row.get("weight") is not None:
         record["weight"] = formats.number(row["weight"], "weight")
     if row.get("subset") is not None:
-        if not isinstance(row["subset"], str):
-            raise Bad("must be str", field="subset", came=formats.show(row["subset"]))
-        record["subset"] = row["subset"]
+        record["subset"] = sources.label_of(row, "subset")
     return sources.with_extra(record, row, _FIELDS)
 
 

@@ -84,7 +84,7 @@ def read_pairs(path, *, on_bad="error", limit=None, corpus=None):
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field, what was expected and what came; or when no pair is left.
     """
-    return read_rows(path, _pair, what="pair", on_bad=on_bad, limit=limit, corpus=corpus)
+    return read_rows(path, pair_of, what="pair", on_bad=on_bad, limit=limit, corpus=corpus)
 
 
 def read_prompts(path, *, limit=None, corpus=None):
@@ -101,7 +101,7 @@ def read_prompts(path, *, limit=None, corpus=None):
       FileNotFoundError: if there is no such file.
       ValueError: naming file:line:field.
     """
-    return read_rows(path, _prompt, what="prompt", limit=limit, corpus=corpus)[0]
+    return read_rows(path, prompt_of, what="prompt", limit=limit, corpus=corpus)[0]
 
 
 def read_answers(path, *, limit=None, corpus=None):
@@ -214,7 +214,7 @@ def by_prompt(records, fraction, seed):
     return [r for r, h in zip(records, held) if not h], [r for r, h in zip(records, held) if h]
 
 
-def read_rows(path, parse, *, what, on_bad="error", limit=None, corpus=None):
+def read_rows(path, parse, *, what, on_bad="error", limit=None, corpus=None, noted=None):
     """Reads the rows of a file into records.
 
     Args:
@@ -222,6 +222,7 @@ def read_rows(path, parse, *, what, on_bad="error", limit=None, corpus=None):
       parse: (row, number) -> record; raises `formats.Bad`.
       what: What a record is, for messages.
       on_bad, limit, corpus: As `read_pairs`.
+      noted: Called with (number, reason) for each row that is skipped, or None.
 
     Returns:
       (records, report) as `read_pairs`. With a corpus the rows it yields are counted, which may be
@@ -253,6 +254,8 @@ def read_rows(path, parse, *, what, on_bad="error", limit=None, corpus=None):
                 raise ValueError(f"{place}: {bad}") from bad
             reason = f"{bad.field}: {bad.reason}" if bad.field else bad.reason
             skipped[reason] = skipped.get(reason, 0) + 1
+            if noted is not None:
+                noted(number, reason)
         if len(records) == limit:
             break
     counts = "; ".join(f"{reason} ({count})" for reason, count in skipped.items())
@@ -266,7 +269,8 @@ def read_rows(path, parse, *, what, on_bad="error", limit=None, corpus=None):
     return records, {"read": read, "kept": len(records), "skipped": skipped}
 
 
-def _pair(row, number):
+def pair_of(row, number):
+    """A record of `read_pairs` of a row. Raises `formats.Bad`."""
     if row.get("chosen") is None:
         for fields, name in _OTHER_FORMS:
             if all(row.get(field) is not None for field in fields):
@@ -293,7 +297,8 @@ def _pair(row, number):
     return with_extra(record, row, _PAIR_FIELDS)
 
 
-def _prompt(row, number):
+def prompt_of(row, number):
+    """A record of `read_prompts` of a row. Raises `formats.Bad`."""
     record = {"id": id_of(row, number), "prompt": text_of(row, "prompt")}
     return with_extra(record, row, ("id", "prompt"))
 
@@ -302,7 +307,7 @@ def answer_of(row, number):
     """dict(id, prompt, answers, names, row) of a row, as `read_answers`. Raises `formats.Bad`."""
     names = [name for name in ANSWER_FIELDS if row.get(name) is not None]
     if not names and (row.get("chosen") is not None or row.get("rejected") is not None):
-        pair = _pair(row, number)
+        pair = pair_of(row, number)
         names, prompt = ["chosen", "rejected"], pair["prompt"]
         answers = [pair["chosen"], pair["rejected"]]
     elif len(names) == 1:

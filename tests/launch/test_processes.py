@@ -32,7 +32,7 @@ def lines(workdir):
     made = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {
         (line["step"], any(k.startswith("eval") for k in line)): {
-            k: v for k, v in line.items() if "second" not in k
+            k: v for k, v in line.items() if "second" not in k and k != "train/mfu"
         }
         for line in made
     }

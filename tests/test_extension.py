@@ -37,7 +37,7 @@ def environment(folder):
 
 
 def shell(command, folder):
-    """Runs a command as in bash, and fails with what it said."""
+    """What a command prints, run as in bash; fails with all it said if it fails."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=folder,
@@ -47,7 +47,7 @@ def shell(command, folder):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stdout
 
 
 def lines(workdir):

@@ -119,36 +119,42 @@ class _Speed:
     def __init__(self, total: Callable[[int], int], peak: float | None):
         """Args: total: sums over processes. peak: FLOPs a second of the devices, or None."""
         self._total, self._peak = total, peak
-        self._flops: int | None = None  # of a step, on all devices; None where they are not known
-        self._counted = False
+        self._flops: dict[Any, int | None] = {}  # of a step on all devices, by the batch's shapes
         self.restart()
 
     def restart(self):
-        self._tokens = self._steps = 0
+        self._tokens = self._work = 0
+        self._known = True
         self._clock = time.monotonic()
 
-    def take(self, raw: dict, step: Callable, *args):
+    def take(self, raw: dict, step: Callable, state, frozen, batch):
         """A step that is about to be taken, with these arguments."""
         self._tokens += int(raw["mask"].sum())
-        self._steps += 1
-        if self._counted:
-            return
-        self._counted = True
-        try:
-            # Its first call takes the same trace.
-            self._flops = plan.flops(step.trace(*args), recomputed=False)
-        except (AttributeError, ValueError) as error:  # not jitted, or with a loop or a kernel
-            log.info("the FLOPs of a step are not counted: %s", error)
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        if shapes not in self._flops:
+            # The call that follows takes the same trace.
+            self._flops[shapes] = _count(step, state, frozen, batch)
+        work = self._flops[shapes]
+        self._known &= work is not None
+        self._work += work or 0
 
     def values(self) -> dict[str, float]:
         """Tokens and (where known) FLOPs a second, and the latter as a share of the peak."""
         seconds = max(time.monotonic() - self._clock, 1e-9)
         out = {"tokens_per_second": self._total(self._tokens) / seconds}
-        if self._flops is not None:
-            out["flops_per_second"] = self._flops * self._steps / seconds
+        if self._known:
+            out["flops_per_second"] = self._work / seconds
             if self._peak:
                 out["mfu"] = out["flops_per_second"] / self._peak
         return out
+
+
+def _count(step, *args) -> int | None:
+    try:
+        return plan.flops(step.trace(*args), recomputed=False)
+    except (AttributeError, ValueError) as error:  # not jitted, or with a loop or a kernel
+        log.info("the FLOPs of a step are not counted: %s", error)
+        return None
 
 
 def run(

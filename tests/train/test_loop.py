@@ -336,7 +336,7 @@ def test_a_line_is_the_mean_over_its_steps(run, uninterrupted):
 
 
 class Product:
-    """A step of one known product, 2 * 4 * 8 * 16 FLOPs, that takes a second of a made-up clock."""
+    """A step of one known product, 2 * rows * 8 * 16 FLOPs, in one second of a made-up clock."""
 
     def __init__(self, now, loops=False):
         self.traces, self._now = 0, now
@@ -359,36 +359,42 @@ class Product:
 
 @pytest.mark.parametrize(
     ("peak", "loops", "shown"),
-    [(4096.0, False, "MFU 25.0%"), (None, False, "MFU n/a"), (4096.0, True, "MFU n/a")],
+    [
+        (4096.0, False, ["MFU 25.0%", "MFU 50.0%"]),
+        (None, False, ["MFU n/a"] * 2),
+        (4096.0, True, ["MFU n/a"] * 2),
+    ],
 )
 def test_flops_and_their_share_of_the_peak(tmp_path, monkeypatch, capsys, peak, loops, shown):
-    """Catches an invented peak or count, a rate of the wrong window, and a second trace."""
+    """Catches an invented peak or count, a rate of the wrong window, the count of another batch, a
+    trace that the step takes once more."""
     now = [0.0]
     for module in (loop, writers):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     step = Product(now, loops)
     state = states.create({"x": jnp.zeros(())}, TX, jax.random.key(0))
+    rows = iter([4, 4, 8, 8])
     with contextlib.closing(writers.MetricsFile(tmp_path)) as file:
         loop.run(
             step,
             state,
             jnp.ones((8, 16)),
             iter([{"mask": np.ones((2, 5), bool)}] * 4),
-            to_device=lambda raw: {"x": jnp.zeros((4, 8))},
+            to_device=lambda raw: {"x": jnp.zeros((next(rows), 8))},
             steps=4,
             metrics_file=file,
             log_every=2,
             peak=peak,
         )
-    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
-        assert line["train/tokens_per_second"] == 10.0
-        assert line.get("train/flops_per_second") == (None if loops else 2 * 4 * 8 * 16)
-        assert line.get("train/mfu") == (0.25 if peak and not loops else None)
-    assert step.traces == 1
-    err = capsys.readouterr().err.splitlines()
-    assert err == [
-        f"train 2/4  loss 0  2 s left  10 tokens/s  {shown}",
-        f"train 4/4  loss 0  10 tokens/s  {shown}",
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/tokens_per_second"] for line in found] == [10.0, 10.0]
+    for line, rows in zip(found, (4, 8), strict=True):
+        assert line.get("train/flops_per_second") == (None if loops else 2 * rows * 8 * 16)
+        assert line.get("train/mfu") == (rows / 16 if peak and not loops else None)
+    assert step.traces == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"train 2/4  loss 0  2 s left  10 tokens/s  {shown[0]}",
+        f"train 4/4  loss 0  10 tokens/s  {shown[1]}",
     ]
 
 

@@ -12,16 +12,34 @@ import warnings
 
 import numpy as np
 
-from jaxreward.data import conversations, formats, pairs, pipeline, repeats, sources, tokenize
+from jaxreward.data import (
+    conversations,
+    formats,
+    pairs,
+    pipeline,
+    points,
+    repeats,
+    sources,
+    tokenize,
+)
 
-KINDS = ("pairs", "chats", "prompts")
-# The fields that tell the kinds apart; a prompt alone is only to be answered.
+KINDS = ("pairs", "points", "chats", "prompts")
+# The fields that tell the kinds apart; a prompt alone is only to be answered, and an answer beside
+# a label or scores is a point.
 SIGNS = {"pairs": ("chosen", "rejected"), "chats": ("messages", "completion", "text")}
+_SIDES = {
+    "pairs": ("chosen", "rejected"),
+    "points": ("answer",),
+    "chats": ("completion",),
+    "prompts": (),
+}
 _PARSE = {
     "pairs": (sources.pair_of, "pair"),
+    "points": (points.point_of, "labelled answer"),
     "chats": (conversations.conversation_of, "conversation"),
     "prompts": (sources.prompt_of, "prompt"),
 }
+_OPTIONAL = ("margin", "weight", "label", "scores")
 _FIRST = 20  # rows that decide the kind
 
 
@@ -43,7 +61,7 @@ def inspect(
       path: File.
       tokenizer: Tokenizer, or None; lengths are then in characters, and what only tokens can tell
         is left out.
-      kind: "pairs", "chats", "prompts", or "auto" as `kind_of`.
+      kind: One of `KINDS`, or "auto" as `kind_of`.
       corpus: What brings numbered rows into the fields that the readers know, or None.
       template, max_len: As `tokenize.encode_conversation`.
       show: Examples to show.
@@ -54,10 +72,10 @@ def inspect(
     Returns:
       dict(path, sha256, kind, fields = those that said so, unit = "tokens" or "characters",
       read = the report of `read`, given = {optional field: records that have it}, examples =
-      [`example`], lengths = {part: [int]} as `encode`, duplicates and counts as in `repeats`); of
-      pairs also bias = `length_bias`; with a tokenizer also folder, template, encoded = `encode`
-      without lengths and trees, with kept = the number of trees, packing = `packing`; with `other`
-      also overlap = as in `repeats`, with its path, kind and read.
+      [`example`], lengths = {part: [int]} as `encode`, duplicates, counts and numbers as in
+      `repeats`); of pairs also bias = `length_bias`; with a tokenizer also folder, template,
+      encoded = `encode` without lengths and trees, with kept = the number of trees, packing =
+      `packing`; with `other` also overlap = as in `repeats`, with its path, kind and read.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -84,7 +102,7 @@ def inspect(
         "kind": kind,
         "fields": fields,
         "read": read_report,
-        "given": {name: sum(name in r for r in records) for name in ("margin", "weight", "scores")},
+        "given": {name: sum(name in r for r in records) for name in _OPTIONAL},
         "unit": "characters",
         "max_len": max_len,
         "limit": limit,
@@ -123,6 +141,7 @@ def inspect(
         report["bias"] = length_bias(*(report["lengths"][side] for side in ("chosen", "rejected")))
     report["duplicates"] = repeats.duplicates(records)
     report["counts"] = repeats.counts(records)
+    report["numbers"] = repeats.numbers(records)
     return report
 
 
@@ -137,14 +156,15 @@ def _rows(path, corpus):
 def kind_of(path, *, corpus=None):
     """What the rows of a file are, from the fields of the first ones.
 
-    `chosen` or `rejected` make pairs; `messages`, `completion` or `text` make chats; and where
-    there are none of these, `prompt` makes prompts.
+    `chosen` or `rejected` make pairs; `label` or `scores` beside `answer`, `completion` or
+    `response` make points; `messages`, `text` or a `completion` without those make chats; and where
+    there is none of these, `prompt` makes prompts.
 
     Args:
       path, corpus: As `inspect`.
 
     Returns:
-      ("pairs", "chats" or "prompts", the fields that said so).
+      (one of `KINDS`, the fields that said so).
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -162,6 +182,12 @@ def kind_of(path, *, corpus=None):
     if not good:
         raise ValueError(f"no row can be used; the first: {bad}")
     found = {kind: [n for n in names if n in seen] for kind, names in SIGNS.items()}
+    answers, labels = (
+        [n for n in names if n in seen] for names in (sources.ANSWER_FIELDS, points.LABELS)
+    )
+    if answers and labels:
+        found["points"] = [*answers, *labels]
+        found["chats"] = [n for n in found["chats"] if n not in answers]
     found = {kind: names for kind, names in found.items() if names}
     if not found and "prompt" in seen:
         found = {"prompts": ["prompt"]}
@@ -187,7 +213,7 @@ def read(path, kind, *, corpus=None, limit=None):
 
     Args:
       path, corpus, limit: As `inspect`.
-      kind: "pairs", "chats" or "prompts".
+      kind: One of `KINDS`.
 
     Returns:
       (records, report). The report is dict(read=int, kept=int, skipped={reason: int},
@@ -229,8 +255,15 @@ def _encode_prompts(tokenizer, records, *, template, max_len=None, on_long="erro
     return trees, {"skipped": 0}
 
 
+def _encode_points(tokenizer, records, **kw):
+    """Labelled answers as trees. What a label means is a head's to say, so none is read."""
+    bare = [{k: v for k, v in r.items() if k not in points.LABELS} | {"label": 0} for r in records]
+    return points.encode(tokenizer, bare, **kw)
+
+
 _ENCODE = {
     "pairs": pairs.encode_pairs,
+    "points": _encode_points,
     "chats": conversations.encode,
     "prompts": _encode_prompts,
 }
@@ -250,8 +283,8 @@ def encode(tokenizer, records, kind, *, template="auto", max_len=None):
       dropped_tokens: how many tokens, over all answers; skipped: records with an answer that alone
       exceeds max_len; refused: [(id, reason)] of records that cannot be rendered, at which
       training stops). The parts are prompt, chosen, rejected and longest (prompt and longer
-      answer) of pairs; prompt, completion, supervised and longest of chats; prompt of prompts. A
-      prompt is what comes before the first supervised token.
+      answer) of pairs; prompt, answer and longest of points; prompt, completion, supervised and
+      longest of chats; prompt of prompts. A prompt is what comes before the first supervised token.
 
     Raises:
       ValueError: for an unknown template, or when every record is refused.
@@ -260,6 +293,8 @@ def encode(tokenizer, records, kind, *, template="auto", max_len=None):
     measured, trees, refused, skipped = [None] * len(records), [], [], 0
     if kind == "pairs":  # those of one prompt are one tree
         units = collections.deque(group["records"] for group in pairs.group(records))
+    elif kind == "points":
+        units = collections.deque(points.group(records))
     else:
         units = collections.deque([i] for i in range(len(records)))
     with warnings.catch_warnings():
@@ -324,6 +359,9 @@ def _tokens(trees, kind, number):
         answers = {side: _whole(first, j) - _before(first, j) for side, j in own.items()}
         longest = max(_whole(first, j) for j in own.values())
         return {"prompt": _before(first, own["chosen"]), **answers, "longest": longest}
+    if kind == "points":
+        before, longest = _before(first, number), _whole(first, number)
+        return {"prompt": before, "answer": longest - before, "longest": longest}
     before, longest = _before(first, 0), _whole(last, 0)
     return {
         "prompt": before,
@@ -334,7 +372,7 @@ def _tokens(trees, kind, number):
 
 
 def _characters(record, kind):
-    sides = {"pairs": ("chosen", "rejected"), "chats": ("completion",), "prompts": ()}[kind]
+    sides = _SIDES[kind]
     size = {part: len(repeats.said(record[part])) for part in ("prompt", *sides)}
     if sides:
         size["longest"] = size["prompt"] + max(size[side] for side in sides)
@@ -422,16 +460,16 @@ def example(record, kind, tokenizer=None, *, template="auto", max_len=None):
       template, max_len: As `tokenize.encode_conversation`.
 
     Returns:
-      dict(id; subset, margin, weight, scores where the record has them; too_long = an answer alone
-      exceeds max_len, so training skips the record, shown whole here; answers = [dict(name, prompt,
-      answer, supervised, dropped: numbers of tokens, or None without a tokenizer, spans: [(text,
-      supervised)], the whole with its prompt)]).
+      dict(id; subset, margin, weight, label, scores where the record has them; too_long = an answer
+      alone exceeds max_len, so training skips the record, shown whole here; answers = [dict(name,
+      prompt, answer, supervised, dropped: numbers of tokens, or None without a tokenizer, spans:
+      [(text, supervised)], the whole with its prompt)]).
 
     Raises:
       ValueError: naming the record, if it cannot be rendered.
     """
-    facts = {k: record[k] for k in ("id", "subset", "margin", "weight", "scores") if k in record}
-    sides = {"pairs": ("chosen", "rejected"), "chats": ("completion",), "prompts": ()}[kind]
+    facts = {k: record[k] for k in ("id", "subset", *_OPTIONAL) if k in record}
+    sides = _SIDES[kind]
     if tokenizer is None:
         none = dict.fromkeys(("prompt", "answer", "supervised", "dropped"))
         prompt = (_dialogue(record["prompt"]), False)

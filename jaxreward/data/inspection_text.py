@@ -14,9 +14,15 @@ _BAR = 40
 # Lines shown of a text that is longer: its beginning and its end.
 _HEAD, _TAIL = 14, 6
 _BOLD, _DIM, _GREEN, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[0m"
-_ONE = {"pairs": "pair", "chats": "conversation", "prompts": "prompt"}
+_ONE = {
+    "pairs": "pair",
+    "points": "labelled answer",
+    "chats": "conversation",
+    "prompts": "prompt",
+}
 _PARTS = {
     "pairs": {"longest": "prompt + longer answer"},
+    "points": {"longest": "prompt + answer"},
     "chats": {"longest": "prompt + completion"},
     "prompts": {},
 }
@@ -37,6 +43,8 @@ def render(report, *, colour=False):
     if report["unit"] == "tokens":
         blocks.append(_cut(report))
     blocks += [_lengths(report), _repeats(report)]
+    if report["counts"] or report["numbers"]:
+        blocks.append(_values(report))
     if "overlap" in report:
         blocks.append(_overlap(report))
     text = []
@@ -77,6 +85,8 @@ def _read(report):
     why = f", as the rows have {', '.join(report['fields'])}" if report["fields"] else ""
     if why and kind == "prompts":
         why += f" and none of {', '.join(itertools.chain(*inspection.SIGNS.values()))}"
+    if kind == "points" and "completion" in report["fields"]:
+        why += "; --kind chats takes them as conversations to imitate"
     stopped = report["limit"] == read["kept"]
     lines = [
         *_fact("kind", kind + why),
@@ -84,12 +94,13 @@ def _read(report):
         *_fact("read", _kept(read) + f"; --limit {report['limit']} stopped it there" * stopped),
     ]
     for reason, count in read["skipped"].items():
-        places = [str(number) for number in read["places"].get(reason, [])]
-        where = f"  ({report['path']}:{_few(places, count)})" if places else ""
-        lines += _fact("", f"{count:,} × {reason}{where}")
+        where = f"{report['path']}:{_few(read['places'][reason], count)}"
+        lines += _fact("", f"{count:,} × {reason}  ({where})")
+    given = ", ".join(f"{name} {count:,}" for name, count in report["given"].items() if count)
     if kind == "pairs":
-        given = [f"{name} {count:,}" for name, count in report["given"].items() if count]
-        lines += _fact("pairs with", ", ".join(given) or "neither margin, weight nor scores")
+        lines += _fact("pairs with", given or "neither margin, weight nor scores")
+    if kind == "points":
+        lines += _fact("answers with", given)
     if report["unit"] == "tokens":
         lines += _fact("tokens", f"{report['template']} template, tokenizer of {report['folder']}")
         refused = report["encoded"]["refused"]
@@ -122,14 +133,16 @@ def _examples(report, colour):
     if tokens and report["kind"] == "prompts":
         title = "Examples, as sampled from"
     marks = ["⟦supervised⟧"] * (tokens and report["kind"] != "prompts") + ["↵ newline"]
-    if tokens and report["kind"] == "pairs":
+    if tokens and report["kind"] in ("pairs", "points"):
         marks.append("a reward model reads its score at an answer's last token")
     lines = [f"{_INDENT}({', '.join(marks)})"]
     for number, example in enumerate(examples, start=1):
         facts = [f"{number}.", f"id {example['id']}"]
-        facts += [f"{k} {example[k]}" for k in ("subset", "margin", "weight") if k in example]
+        facts += [
+            f"{k} {example[k]}" for k in ("subset", "margin", "weight", "label") if k in example
+        ]
         if "scores" in example:
-            facts.append("scores {:g} and {:g}".format(*example["scores"]))
+            facts.append(f"scores {_scores(example['scores'])}")
         lines += ["", *_wrapped("  ".join(facts))]
         if example["too_long"]:
             lines += _wrapped(
@@ -137,6 +150,19 @@ def _examples(report, colour):
             )
         lines += _answers(example["answers"], colour)
     return [title, *lines]
+
+
+def _scores(scores):
+    """Those of a pair's answers, or those of one answer by name."""
+    if not isinstance(scores, dict):
+        return " and ".join(map(_number, scores))
+    return ", ".join(f"{name} {_number(value)}" for name, value in scores.items())
+
+
+def _number(value):
+    if value is None:
+        return "null"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _wrapped(text):
@@ -291,23 +317,37 @@ def _repeats(report):
         )
         copies = f"{_count(found['copies'], 'row')} {said}: ids {sets}"
     lines += _fact("copies", copies)
-    if report["kind"] == "pairs":
+    of = {
+        "pairs": "two answers preferred in both orders",
+        "points": "one answer labelled in several ways",
+    }
+    if report["kind"] in of:
         against = "none"
         if found["contradictions"]:
             sets = _few(
-                (f"{one[0]} against {two[0]}" for one, two in found["contradicted"]),
+                (" against ".join(ids[0] for ids in sides) for sides in found["contradicted"]),
                 found["contradictions"],
             )
-            against = (
-                f"{found['contradictions']:,} × two answers preferred in both orders: ids {sets}"
-            )
+            against = f"{found['contradictions']:,} × {of[report['kind']]}: ids {sets}"
         lines += _fact("contradictions", against)
+    return ["What stands twice", *lines]
+
+
+def _values(report):
+    lines = []
     for field, values in report["counts"].items():
         shown = [f"{value} {count:,}" for value, count in values.items()]
         rest = len(shown) - _VALUES
         listed = ", ".join(shown[:_VALUES]) + (f" and {rest:,} more values" if rest > 0 else "")
         lines += _fact(field, listed)
-    return ["What stands twice", *lines]
+    if report["numbers"]:
+        columns = ("min", "mean", "max", "known", "null")
+        wide = max(20, *map(len, report["numbers"]))
+        lines.append(f"{_INDENT}{'':<{wide}}" + "".join(f"{column:>10}" for column in columns))
+        for field, row in report["numbers"].items():
+            shown = "".join(f"{_number(row[column]):>10}" for column in columns)
+            lines.append(f"{_INDENT}{_printable(field):<{wide}}{shown}")
+    return ["Values", *lines]
 
 
 def _overlap(report):

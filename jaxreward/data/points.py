@@ -14,8 +14,8 @@ from jaxreward.data import formats, sources, tokenize
 from jaxreward.data.formats import Bad
 from jaxreward.data.tokenize import AnswerTooLong, encode_tree
 
-_LABELS = ("label", "scores")
-_FIELDS = ("id", "prompt", "weight", "subset", *_LABELS, *sources.ANSWER_FIELDS)
+LABELS = ("label", "scores")
+_FIELDS = ("id", "prompt", "weight", "subset", *LABELS, *sources.ANSWER_FIELDS)
 
 
 def read(path, *, on_bad="error", limit=None, corpus=None):
@@ -47,7 +47,7 @@ def point_of(row, number):
     if len(found["answers"]) != 1:
         raise Bad("is a pair; a labelled answer stands alone", field="chosen")
     record = {"id": found["id"], "prompt": found["prompt"], "answer": found["answers"][0]}
-    given = [name for name in _LABELS if row.get(name) is not None]
+    given = [name for name in LABELS if row.get(name) is not None]
     if len(given) != 1:
         raise Bad("needs exactly one of label and scores", field="label", came=", ".join(given))
     if given == ["label"]:
@@ -118,6 +118,26 @@ def target(record, kind, outputs):
     return np.asarray([index], np.float32)
 
 
+def group(records, *, most=16):
+    """Puts answers to the same prompt, with the same subset, together.
+
+    Args:
+      records: From `read`.
+      most: Most answers of a group, at least 1.
+
+    Returns:
+      list of lists of indices into `records`, in order of first appearance.
+    """
+    groups, open_ = [], {}
+    for number, record in enumerate(records):
+        key = json.dumps([record["prompt"], record.get("subset")], sort_keys=True)
+        if len(open_.get(key, ())) in (0, most):
+            open_[key] = []
+            groups.append(open_[key])
+        open_[key].append(number)
+    return groups
+
+
 def encode(
     tokenizer,
     records,
@@ -151,7 +171,9 @@ def encode(
     if on_long not in ("error", "skip"):
         raise ValueError(f'on_long must be "error" or "skip"; received {on_long!r}')
     trees, skipped = [], 0
-    pending = collections.deque(_grouped(records, most))
+    pending = collections.deque(
+        [records[i] for i in indices] for indices in group(records, most=most)
+    )
     while pending:
         members = pending.popleft()
         first = members[0]
@@ -185,15 +207,3 @@ def encode(
         )
     report = tokenize.shortened(trees, skipped, max_len, total=len(records), what="answer")
     return trees, {"answers": sum(len(tree.answers) for tree in trees), **report}
-
-
-def _grouped(records, most):
-    """The records of one prompt and subset together, at most `most`, in order of appearance."""
-    groups, open_ = [], {}
-    for record in records:
-        key = json.dumps([record["prompt"], record.get("subset")], sort_keys=True)
-        if len(open_.get(key, ())) in (0, most):
-            open_[key] = []
-            groups.append(open_[key])
-        open_[key].append(record)
-    return groups

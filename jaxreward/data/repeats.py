@@ -1,5 +1,5 @@
-"""What stands twice in data: the same rows, pairs that contradict each other, and prompts that a
-second file shares.
+"""What stands twice in data: the same rows, rows that contradict each other, and prompts that a
+second file shares; and what values there are.
 
 Contents are compared, not how they are written: a str is the same as one message that holds it. Of
 plain text, which has no prompt, the text itself counts as the prompt.
@@ -8,7 +8,7 @@ plain text, which has no prompt, the text itself counts as the prompt.
 import collections
 import unicodedata
 
-_SIDES = ("chosen", "rejected", "completion")
+_SIDES = ("chosen", "rejected", "completion", "answer")
 
 
 def said(text):
@@ -24,35 +24,48 @@ def _key(text):
 
 
 def _asked(record):
-    return record["prompt"] or record.get("completion", "")
+    return record["prompt"] or record.get("completion") or record.get("answer", "")
+
+
+def _mark(record):
+    """What a labelled answer is labelled with, in a form that can be compared; else None."""
+    if "label" in record:
+        return record["label"]
+    scores = record.get("scores")
+    return tuple(sorted(scores.items())) if isinstance(scores, dict) else None
 
 
 def duplicates(records):
-    """Records that say the same, and pairs that say the opposite of one another.
+    """Records that say the same, and records that say the opposite of one another.
 
     Args:
-      records: dicts with id, prompt, and chosen and rejected, or completion, or neither, from the
-        readers. Only prompt and answers are compared.
+      records: dicts with id, prompt, and chosen and rejected, or completion, or answer with label
+        or scores, or neither, from the readers. Only prompt, answers and labels are compared.
 
     Returns:
       dict(prompts: how many different ones; repeated: how many of them stand in several records;
       most: records of the most frequent one; copies: records that say what an earlier one said;
       copied: ids of such, [[first, later, …], …]; contradictions: how often two answers to a
-      prompt are preferred in both orders; contradicted: ids of such, [([those of one order, …],
-      [those of the other, …]), …]).
+      prompt are preferred in both orders, or one answer is labelled in several ways; contradicted:
+      ids of such, [([those of one order or label, …], [those of another, …], …), …]).
     """
-    prompts, rows = collections.Counter(), collections.defaultdict(list)
+    prompts = collections.Counter()
+    rows = collections.defaultdict(lambda: collections.defaultdict(list))
     for record in records:
         prompts[_key(_asked(record))] += 1
         parts = [record["prompt"], *(record[side] for side in _SIDES if side in record)]
-        rows[tuple(map(_key, parts))].append(record["id"])
-    copied = [ids for ids in rows.values() if len(ids) > 1]
+        rows[tuple(map(_key, parts))][_mark(record)].append(record["id"])
+    copied = [ids for marked in rows.values() for ids in marked.values() if len(ids) > 1]
     contradicted, done = [], set()
-    for key, ids in rows.items():
+    for key, marked in rows.items():
+        for scored in (False, True):  # a label and scores do not speak of the same
+            sides = [ids for mark, ids in marked.items() if isinstance(mark, tuple) is scored]
+            if len(sides) > 1:
+                contradicted.append(tuple(sides))
         swapped = (key[0], *reversed(key[1:]))
         if len(key) == 3 and swapped in rows and swapped not in done:
             done.add(key)
-            contradicted.append((ids, rows[swapped]))
+            contradicted.append((marked[None], rows[swapped][None]))
     return {
         "prompts": len(prompts),
         "repeated": sum(count > 1 for count in prompts.values()),
@@ -76,10 +89,46 @@ def counts(records):
     found = {}
     for field in ("subset", "label"):
         values = [record.get(field, record.get("extra", {}).get(field)) for record in records]
-        plain = [str(value) for value in values if isinstance(value, str | int | float)]
+        plain = [
+            f"{value:g}" if isinstance(value, float) else str(value)
+            for value in values
+            if isinstance(value, str | int | float)
+        ]
         if plain:
             found[field] = dict(collections.Counter(plain).most_common())
     return found
+
+
+def numbers(records):
+    """Lowest, mean and highest value of labels that are numbers, and of scores by name.
+
+    Args:
+      records: As `duplicates`.
+
+    Returns:
+      {"label" or "scores.NAME": dict(min, mean, max, known = records that have it, null = records
+      with scores of which this one is null or missing)}. min, mean and max are None where no record
+      has it.
+    """
+    found, scored = collections.defaultdict(list), 0
+    for record in records:
+        label, scores = record.get("label"), record.get("scores")
+        if isinstance(label, float):
+            found["label"].append(label)
+        if isinstance(scores, dict):
+            scored += 1
+            for name, value in scores.items():
+                found[f"scores.{name}"] += [] if value is None else [value]
+    return {
+        field: {
+            "min": min(values, default=None),
+            "mean": sum(values) / len(values) if values else None,
+            "max": max(values, default=None),
+            "known": len(values),
+            "null": 0 if field == "label" else scored - len(values),
+        }
+        for field, values in found.items()
+    }
 
 
 class _Punctuation(dict):

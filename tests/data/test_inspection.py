@@ -9,7 +9,8 @@ import hypothesis.strategies as st
 import pytest
 
 from jaxreward import testing
-from jaxreward.data import inspection, inspection_text, pairs, tokenize
+from jaxreward.data import inspection, inspection_text, pairs, points, tokenize
+from jaxreward.data.corpora import helpsteer3
 
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
 END = "<|im_end|>"
@@ -54,6 +55,11 @@ def pair(prompt, chosen, rejected, **more):
         ({"prompt": "p", "completion": "a"}, ("chats", ["completion"])),
         ({"text": "a"}, ("chats", ["text"])),
         ({"prompt": "p", "answer": "a"}, ("prompts", ["prompt"])),
+        ({"prompt": "p", "answer": "a", "label": False}, ("points", ["answer", "label"])),
+        ({"prompt": "p", "completion": "a", "label": 0}, ("points", ["completion", "label"])),
+        ({"prompt": "p", "response": "a", "scores": {"u": 1}}, ("points", ["response", "scores"])),
+        ({"messages": CHAT, "label": True}, ("chats", ["messages"])),
+        (pair("p", "a", "b", label="A"), ("pairs", ["chosen", "rejected"])),
         ({"prompt": "p", "chosen": None, "messages": None}, ("prompts", ["prompt"])),
     ],
 )
@@ -66,6 +72,10 @@ def test_the_kind_comes_from_the_fields(file, row, kind):
     ("rows", "text"),
     [
         ([pair("p", "a", "b", messages=CHAT)], "pairs (chosen, rejected) and of chats (messages)"),
+        (
+            [pair("p", "a", "b", answer="a", label=1)],
+            "pairs (chosen, rejected) and of points (answer, label); say with --kind",
+        ),
         ([pair("p", "a", "b"), {"text": "a"}], "--kind which they are. Fields: prompt, chosen"),
         ([{"question": "q", "id": 3}], "received question, id; rename the fields"),
         (["{broken", "[1]"], "no row can be used; the first: "),
@@ -88,15 +98,26 @@ def test_bad_rows_are_counted_and_placed(file):
     records, report = inspection.read(path, "pairs")
     assert [record["id"] for record in records] == ["1", "4"]
     assert (report["read"], report["kept"]) == (6, 2)
-    bad = {"line must be a JSON object": 1, "rejected: identical answers": 2}
-    assert report["skipped"].items() > bad.items()
     assert report["places"] == {
         "line must be a JSON object": [2],
         "rejected: identical answers": [3, 5],
+        "images: is not read, only text is; leave such rows out": [6],
     }
-    text = inspection_text.render(inspection.inspect(path))
-    assert f"2 × rejected: identical answers ({path}:3, 5)" in " ".join(text.split())
-    assert "1 × images: is not read" in text
+    assert report["skipped"] == {reason: len(at) for reason, at in report["places"].items()}
+    flat = " ".join(inspection_text.render(inspection.inspect(path)).split())
+    assert f"2 × rejected: identical answers ({path}:3, 5)" in flat
+    assert f"1 × images: is not read, only text is; leave such rows out ({path}:6)" in flat
+
+
+def test_rows_that_a_corpus_refuses_are_placed(file):
+    """Catches ties and the like that are counted, and whose lines are not told."""
+    row = {"context": "q", "response1": "a", "response2": "b"}
+    path = file(*({**row, "overall_preference": score} for score in (0, 1, 0, 9)))
+    _, report = inspection.read(path, "pairs", corpus=helpsteer3.pairs)
+    assert report["places"] == {
+        "overall_preference: tie": [1, 3],
+        "overall_preference: must be from -3 to 3": [4],
+    }
 
 
 def test_a_corpus_and_a_limit_are_passed_on(file):
@@ -223,6 +244,48 @@ def test_lengths_of_chats_and_prompts(tokenizer):
     found = inspection.encode(tokenizer, prompts, "prompts", max_len=AROUND + 4)
     assert found["lengths"] == [{"prompt": AROUND + 2}, {"prompt": AROUND + 11}]
     assert (found["truncated"], found["dropped_tokens"], found["skipped"]) == (1, 7, 0)
+
+
+POINTS = [
+    {"id": "fits", "prompt": "p", "answer": "a", "label": "good"},
+    {"id": "cut", "prompt": "p" * 20, "answer": "aaa", "label": 0.5},
+    {"id": "long", "prompt": "p", "answer": "b" * 40, "scores": {"u": 1.0, "v": None}},
+    {"id": "same prompt", "prompt": "p", "answer": "cc", "label": True},
+]
+
+
+def test_lengths_and_cuts_of_labelled_answers(tokenizer):
+    """Catches an answer measured as its neighbour, and labels that a head would have to know."""
+    found = inspection.encode(tokenizer, POINTS, "points", max_len=40)
+    assert found["lengths"] == [
+        {"prompt": 20, "answer": 3, "longest": 23},
+        {"prompt": 39, "answer": 5, "longest": 44},
+        {"prompt": 20, "answer": 42, "longest": 62},
+        {"prompt": 20, "answer": 4, "longest": 24},
+    ]
+    assert (found["truncated"], found["dropped_tokens"], found["skipped"]) == (1, 4, 1)
+    shown = inspection.example(POINTS[2], "points", tokenizer, max_len=5)
+    assert shown["too_long"] and shown["scores"] == {"u": 1.0, "v": None}
+    (answer,) = inspection.example(POINTS[0], "points", tokenizer)["answers"]
+    head = (f"{USER}p{END}\n{ASSISTANT}", False)
+    assert answer["name"] == "answer" and answer["spans"][:2] == [head, (f"a{END}", True)]
+
+
+@pytest.mark.parametrize("max_len", [None, 40])
+def test_labelled_answers_are_packed_as_training_packs_them(tokenizer, max_len):
+    """Catches answers to one prompt that are measured as trees of their own, or the reverse."""
+    records = [{**record, "label": 1.0} for record in POINTS]
+    records += [{**records[0], "id": str(i), "answer": f"{i}"} for i in range(18)]
+    found = inspection.encode(tokenizer, records, "points", max_len=max_len)
+    for record in records:
+        record.pop("scores", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trees, _ = points.encode(tokenizer, records, max_len=max_len, on_long="skip")
+    text = lambda tree: [x.tolist() for x in (tree.prompt, *tree.answers)]
+    assert sorted(map(text, found["trees"])) == sorted(map(text, trees))
+    # 16 and 5 answers to one prompt; the long one takes the other 15 of its group apart.
+    assert len(trees) == (3 if max_len is None else 15 + 1 + 1)
 
 
 @pytest.mark.parametrize("max_len", [None, 48, 36, 30])
@@ -365,6 +428,37 @@ def test_the_text_shows_marks_and_numbers(rows, tokenizer, file):
     assert "packing" not in text  # there is nothing left to pack
 
 
+def test_the_text_of_labelled_answers(file, tokenizer):
+    """Catches labels that are not shown, scores without their nulls, and a file of completions with
+    labels whose other reading is not named."""
+    path = file(
+        {"prompt": "p", "completion": "a", "label": True, "subset": "s"},
+        {"prompt": "p", "completion": "a", "label": False},
+        {"prompt": "p", "completion": "b", "scores": {"helpfulness": 3, "verbosity": None}},
+        {"prompt": "p", "completion": "c", "scores": {"helpfulness": 4.5}, "weight": 2},
+        {"prompt": "p", "completion": "d"},
+    )
+    report = inspection.inspect(path, tokenizer=tokenizer, show=3)
+    flat = " ".join(inspection_text.render(report).split())
+    for part in (
+        f"{path}: 4 labelled answers",
+        "kind points, as the rows have completion, label, scores; --kind chats takes them as",
+        f"1 × label: needs exactly one of label and scores ({path}:5)",
+        "answers with weight 1, label 2, scores 2",
+        "a reward model reads its score at an answer's last token",
+        "1. id 1 subset s label True",
+        "3. id 3 scores helpfulness 3, verbosity null",
+        "answer, 3 tokens, 2 of them supervised │ ⟦a<|im_end|>⟧↵",
+        "prompt + answer 23 23 23.0 23 23",
+        "contradictions 1 × one answer labelled in several ways: ids 1 against 2",
+        "Values subset s 1 label True 1, False 1 min mean max known null",
+        "scores.helpfulness 3 3.75 4.5 2 0",
+        "scores.verbosity null null null 0 2",
+    ):
+        assert part in flat, part
+    assert "--kind" not in inspection_text.render(inspection.inspect(path, kind="points"))
+
+
 def test_the_text_fits_and_cannot_steer_a_terminal(rows, tokenizer):
     """Catches lines that the terminal folds, and escapes of the data that reach it."""
     for kw in ({}, {"tokenizer": tokenizer}, {"tokenizer": tokenizer, "max_len": 400}):
@@ -424,7 +518,10 @@ def test_what_does_not_fit_is_said(file, tokenizer):
     """Catches arguments that are dropped in silence."""
     path = file(pair("p", "a", "b"))
     for kw, text in (
-        ({"kind": "pair"}, "kind must be one of auto, pairs, chats, prompts; received 'pair'; did"),
+        (
+            {"kind": "pair"},
+            "kind must be one of auto, pairs, points, chats, prompts; received 'pair'; did",
+        ),
         ({"max_len": 8}, "max_len counts tokens, which takes a tokenizer"),
         ({"show": -1}, "show must be 0 or more; received -1"),
         ({"tokenizer": tokenizer, "template": "chatt"}, "did you mean 'chat'"),

@@ -66,6 +66,50 @@ def test_of_plain_text_the_text_is_what_is_compared():
     assert repeats.overlap(rows, [{"id": "z", "prompt": "", "completion": "w"}])["exact"] == 0
 
 
+def point(id, prompt, answer, **more):
+    return {"id": id, "prompt": prompt, "answer": answer, **more}
+
+
+def test_one_answer_with_two_labels_is_a_contradiction_and_no_copy():
+    """Catches labels that keep no two rows apart, scores taken for a pair's, and true against 1."""
+    rows = [
+        point("a", "p", "x", label=True),
+        point("b", "p", "x", label=1.0),
+        point("c", "p", "x", label=False),
+        point("d", "p", "y", label=False),
+        point("e", "q", "x", scores={"u": 1.0, "v": None}),
+        point("f", "q", "x", scores={"v": None, "u": 1.0}),
+        point("g", "q", "x", scores={"u": 2.0, "v": None}),
+        point("h", "q", "x", label=1.0),
+    ]
+    found = repeats.duplicates(rows)
+    assert found["copied"] == [["a", "b"], ["e", "f"]] and found["copies"] == 2
+    assert found["contradicted"] == [(["a", "b"], ["c"]), (["e", "f"], ["g"])]
+    assert (found["prompts"], found["contradictions"]) == (2, 2)
+
+
+def test_scores_are_summed_up_by_name():
+    """Catches null counted as 0, a name that only some rows have, and labels that are no numbers.
+    By hand: u is 1, 4 and 4; v is 2 and twice unknown."""
+    rows = [
+        point("a", "p", "x", scores={"u": 1.0, "v": None}),
+        point("b", "p", "y", scores={"u": 4.0}),
+        point("c", "p", "z", scores={"u": 4.0, "v": 2.0, "w": None}),
+        point("d", "p", "w", label=True),
+        pair("e", "p", "x", "y", scores=(1.0, 2.0)),
+    ]
+    assert repeats.numbers(rows) == {
+        "scores.u": {"min": 1.0, "mean": 3.0, "max": 4.0, "known": 3, "null": 0},
+        "scores.v": {"min": 2.0, "mean": 2.0, "max": 2.0, "known": 1, "null": 2},
+        "scores.w": {"min": None, "mean": None, "max": None, "known": 0, "null": 3},
+    }
+    labels = [point(str(i), "p", "x", label=label) for i, label in enumerate([-1.0, 0.5, "no"])]
+    assert repeats.numbers(labels) == {
+        "label": {"min": -1.0, "mean": -0.25, "max": 0.5, "known": 2, "null": 0}
+    }
+    assert repeats.counts(labels) == {"label": {"-1": 1, "0.5": 1, "no": 1}}
+
+
 def test_values_are_counted_wherever_the_reader_left_them():
     """Catches labels under "extra" that are missed, 0 and False taken for missing, and a list."""
     rows = [

@@ -1,5 +1,6 @@
 """JSON Lines: what is read, what is refused, and what the refusal says."""
 
+import collections
 import gzip
 import hashlib
 import io
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxreward.data import sources
+from jaxreward.data import formats, sources
 
 GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
@@ -347,3 +348,31 @@ def test_a_prompt_is_on_one_side():
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in held}
     assert sources.by_prompt(records[:40], 0.3, 1)[1] == [r for r in held if r["n"] < 40]
     assert sources.by_prompt(records, 0.0, 1) == (records, [])
+
+
+def test_skipped_rows_are_noted_where_they_stand(tmp_path):
+    """Catches rows that are counted and not noted: no JSON, images, refused by a corpus, and bad;
+    and rows noted that are kept."""
+    bad = {**GOOD, "rejected": "a"}
+    path = write(tmp_path, b"{", GOOD, {**GOOD, "images": ["x"]}, bad, {**GOOD, "no": 1}, bad)
+
+    def refused(row):
+        if "no" in row:
+            raise formats.Bad("no", field="no")
+        return row
+
+    corpus = lambda rows: formats.mapped(rows, refused)
+    for convert, kept in ((None, ["2", "5"]), (corpus, ["2"])):
+        noted = []
+        with pytest.warns(UserWarning):
+            records, report = sources.read_rows(
+                path,
+                sources.pair_of,
+                what="pair",
+                on_bad="skip",
+                corpus=convert,
+                noted=lambda number, reason: noted.append((number, reason)),
+            )
+        assert [record["id"] for record in records] == kept
+        assert {number for number, _ in noted} == {1, 2, 3, 4, 5, 6} - {int(k) for k in kept}
+        assert collections.Counter(reason for _, reason in noted) == report["skipped"]

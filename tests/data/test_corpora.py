@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxreward.data import conversations, formats, points, sources
+from jaxreward.data import conversations, formats, judges, points, sources
 from jaxreward.data.corpora import (
     chosen,
     helpsteer2,
@@ -206,8 +206,9 @@ def test_helpsteer3(file):
         "rejected": "two",
         "margin": 2.0,
         "subset": "code",
-        "extra": {"language": "python"},
+        "extra": {"language": "python", "rationale": {"comparison": "clear"}},
     }
+    assert records[1]["extra"] == {"language": "python"}  # the annotator preferred the other one
     assert (records[1]["prompt"], records[1]["chosen"], records[1]["margin"]) == ("q", "two", 1.0)
     assert skipped == {"overall_preference: tie": 2, "domain: must be str": 1}
     # Not only pairs: the same rows are answers to score.
@@ -215,6 +216,64 @@ def test_helpsteer3(file):
     assert (answers["answers"], answers["names"]) == (["one", "two"], ["chosen", "rejected"])
     (prompt,) = sources.read_prompts(path, corpus=helpsteer3.pairs, limit=1)
     assert prompt["prompt"] == row["context"]
+
+
+OPINIONS = [
+    {"score": 1, "reasoning": "@Response 2 is shorter.", "feedback1": "f", "feedback2": "g"},
+    {"score": 0, "reasoning": "About the same.", "feedback1": "f", "feedback2": "g"},
+    {
+        "score": -2,
+        "reasoning": "@Response 1 is better than @response 2 by far.",
+        "feedback1": "Complete, unlike Response 2.",
+        "feedback2": "",
+    },
+    {"score": -3, "reasoning": "Later.", "feedback1": "f", "feedback2": "g"},
+]
+
+
+def test_helpsteer3_rationales(file):
+    """Catches the words of one who preferred the other answer, feedback on the wrong side, and
+    numbers of responses that the judge does not see."""
+    row = {"context": "q", "response1": "one", "response2": "two"}
+    path = file(
+        {**row, "overall_preference": -2, "individual_preference": OPINIONS},
+        {**row, "overall_preference": 1, "individual_preference": OPINIONS},
+        {**row, "overall_preference": 1, "individual_preference": None},
+        {**row, "overall_preference": 1, "individual_preference": OPINIONS[1:]},
+    )
+    records, _ = sources.read_pairs(path, corpus=helpsteer3.pairs)
+    assert [record["extra"].get("rationale") for record in records] == [
+        {
+            "chosen": "Complete, unlike {rejected}.",
+            "comparison": "{chosen} is better than {rejected} by far.",
+        },
+        {"chosen": "g", "rejected": "f", "comparison": "{chosen} is shorter."},
+        None,
+        None,
+    ]
+    for seed in (0, 1):
+        first = judges.first_of(records[0], seed)
+        assert first == ("rejected", "chosen")[seed]  # else one order is not tried
+        (made,), _ = judges.completions(records[:1], seed=seed)
+        better, worse = "AB" if first == "chosen" else "BA"
+        assert f"Response {better} is better than Response {worse} by far." in made["completion"]
+        assert f"Response {better}: Complete, unlike Response {worse}." in made["completion"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("no", "individual_preference: must be a list of objects; received str 'no'"),
+        ([3], "individual_preference: must be a list of objects; received list"),
+        ([{"score": "1"}], r"individual_preference\[0\]\.score: must be a number"),
+        ([{}, {"score": -1, "reasoning": 3}], r"preference\[1\]\.reasoning: must be str; received"),
+    ],
+)
+def test_helpsteer3_opinions_of_another_form_are_named(file, value, words):
+    """Catches opinions that are dropped in silence, and an error without its place."""
+    row = {"context": "q", "response1": "one", "response2": "two", "overall_preference": -1}
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:1:.*{words}"):
+        sources.read_pairs(file({**row, "individual_preference": value}), corpus=helpsteer3.pairs)
 
 
 SAFE = {

@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 from jaxreward import __version__
-from jaxreward.core.resolve import near, resolve
+from jaxreward.core.resolve import near, resolve, resolve_words
 from jaxreward.train import writers
 
 STOPPED = "JAXREWARD_STOPPED_EXIT"
@@ -144,7 +144,7 @@ def data(args):
     if not args.model and (args.max_len or args.template != "auto"):
         raise UsageError("--max_len and --template are about tokens; give --model HF_FOLDER too")
     with _usage():
-        corpus = resolve("data.corpora", args.corpus) if args.corpus else None
+        corpus = resolve_words("data.corpora", args.corpus) if args.corpus else None
     from jaxreward.data import inspection, inspection_text, tokenize
 
     found = inspection.inspect(
@@ -269,11 +269,11 @@ def _flags(command, add):
         add("--model", type=Path, metavar="HF_FOLDER", help="its tokenizer; else by characters")
         add(
             "--kind",
-            choices=["auto", "pairs", "chats", "prompts"],
+            choices=["auto", "pairs", "points", "chats", "prompts"],
             default="auto",
             help="what a row is (default: %(default)s, from the fields)",
         )
-        add("--corpus", metavar="NAME", help="maps the fields, as data.corpus in a config")
+        add("--corpus", metavar="NAME", help="maps the fields, as data.corpus: NAME[,key=value]")
         add("--template", default="auto", help="auto, chat or plain (default: %(default)s)")
         add("--max_len", type=_positive, metavar="N", help="tokens of prompt and answer at most")
         add("--show", type=int, default=2, metavar="N", help="examples (default: %(default)s)")

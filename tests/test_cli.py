@@ -447,6 +447,21 @@ def test_data_reads_through_a_corpus(tmp_path, capsys):
     assert "data.corpora: no module 'hh_rlf'" in capsys.readouterr().err
 
 
+def test_data_passes_keywords_to_a_corpus(tmp_path, capsys):
+    """Catches words behind the name that are dropped, and an error that is none of usage."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "q", "completion": str(i), "label": i < 2} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for words, count in (("", 4), (",most=3", 3)):
+        assert cli.main(["data", str(path), "--corpus", f"unpaired.pairs{words}"]) == 0
+        assert f": {count} pairs" in capsys.readouterr().out
+    for words, text in (("mots=3", "did you mean most?"), ("most", "expected key=value behind")):
+        assert cli.main(["data", str(path), "--corpus", f"unpaired.pairs,{words}"]) == 2
+        assert text in capsys.readouterr().err
+    assert cli.main(["data", str(path), "--kind", "points"]) == 0
+    assert "label           True 2, False 2" in capsys.readouterr().out
+
+
 def questions(rows):
     """A corpus for the test above."""
     return ((number, {"prompt": row["q"]}) for number, row in rows)

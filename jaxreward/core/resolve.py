@@ -10,12 +10,13 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 
 _PACKAGE = __name__.split(".")[0]
 
 
-def resolve(layer, name, **kwargs):
+def resolve(layer, name, /, **kwargs):
     """The function called `name`, with `kwargs` bound to it.
 
     `name` is "module.function" or "module:function". The module is looked for in the layer
@@ -52,6 +53,48 @@ def resolve(layer, name, **kwargs):
         )
     _check_keywords(function, kwargs, f"{module.__name__}.{function_name}")
     return functools.partial(function, **kwargs)
+
+
+def resolve_words(layer, text):
+    """The function of one argument that a text names, with the keywords behind its name.
+
+    "pku_saferlhf.pairs,which=safer" is `resolve(layer, "pku_saferlhf.pairs", which="safer")`. A
+    value that reads as an int is one, any other is a str.
+
+    Args:
+      layer: As `resolve`.
+      text: "module.function", or "module.function,key=value,key=value".
+
+    Returns:
+      As `resolve`.
+
+    Raises:
+      KeyError: As `resolve`.
+      ValueError: As `resolve`; or naming a word that is no key=value or comes twice; or saying why
+        one argument does not fit beside the keywords.
+    """
+    name, *words = (part.strip() for part in text.split(","))
+    given = {}
+    for word in words:
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if not (key and equals):
+            raise ValueError(
+                f"{layer}: expected key=value behind the name, as in {name},key=value; got "
+                f"{word!r} in {text!r}"
+            )
+        if key in given:
+            raise ValueError(f"{layer}: {key!r} is given twice in {text!r}")
+        given[key] = int(value) if re.fullmatch(r"[+-]?[0-9]+", value) else value
+    found = resolve(layer, name, **given)
+    try:
+        inspect.signature(found).bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"{layer}: {text!r} is called with one argument more, which does not fit: {error}"
+        ) from error
+    except ValueError:
+        pass  # no signature, as in _check_keywords
+    return found
 
 
 def near(words, known):

@@ -33,7 +33,7 @@ import jax
 import numpy as np
 
 from jaxreward.core.provenance import environment
-from jaxreward.core.resolve import resolve
+from jaxreward.core.resolve import resolve, resolve_words
 from jaxreward.data import pipeline, sources, tokenize
 from jaxreward.models import trainable
 from jaxreward.parallel import hosts, mesh, rules
@@ -203,7 +203,10 @@ def load_data(
             return made(count, config.seed + (part != "path")), {"path": "synthetic"}
         path = config.data[part]
         if not path:
-            raise ValueError(f"data.{part} is empty; pass --config.data.{part}=FILE.jsonl")
+            raise ValueError(
+                f"data.{part} is empty; pass --config.data.{part}=FILE, which may be .jsonl, "
+                ".parquet, .arrayrecord or tfds:NAME"
+            )
         records, report = read(path, on_bad=config.data.on_bad, corpus=corpus(config.data))
         return records, {"path": str(path), "sha256": sources.data_hash(path), **report}
 
@@ -226,13 +229,13 @@ def load_data(
 
 
 def corpus(data) -> Callable | None:
-    """The function that `data.corpus` names, such as "helpsteer3.pairs", or None.
+    """The function that `data.corpus` names, such as "pku_saferlhf.pairs,which=safer", or None.
 
     Raises:
-      ValueError, KeyError: as `resolve`.
+      ValueError, KeyError: as `resolve_words`.
     """
-    name = data.get("corpus", "")  # absent in runs of older versions
-    return resolve("data.corpora", name) if name else None
+    text = data.get("corpus", "")  # absent in runs of older versions
+    return resolve_words("data.corpora", text) if text else None
 
 
 def enter(workdir: str | Path, train=None) -> Path:

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from jaxreward import objectives
-from jaxreward.core.resolve import near, resolve
+from jaxreward.core.resolve import near, resolve, resolve_words
 
 SOURCE = """
 from functools import reduce
@@ -164,3 +164,42 @@ def test_near_says_nothing_where_nothing_is_near():
     """Catches suggestions that have nothing to do with the word."""
     assert near("zzz", ["margin", "scale"]) == ";"
     assert near(["margn", "margins"], ["margin"]) == "; did you mean margin?"
+
+
+@pytest.mark.parametrize(
+    ("words", "bound"),
+    [
+        ("", {}),
+        (",margin=3, scale = -2", {"margin": 3, "scale": -2}),
+        (",margin=0.5,scale=a=b", {"margin": "0.5", "scale": "a=b"}),
+        (",margin=", {"margin": ""}),
+    ],
+)
+def test_words_behind_a_name_are_bound(layer, words, bound):
+    """Catches numbers bound as text, text read as code, and spaces that become part of a name."""
+    found = resolve_words(layer, f"toy_losses.any_words{words}")
+    assert found.keywords == bound and found(0) == bound
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("toy_losses.any_words,fast", "expected key=value behind the name, as in toy_losses.any_w"),
+        ("toy_losses.any_words,", "got '' in 'toy_losses.any_words,'"),
+        ("toy_losses.any_words,=3", "got '=3'"),
+        ("toy_losses.any_words,a=1,a=2", "'a' is given twice"),
+        ("toy_losses.any_words,x=1", "one argument more, which does not fit: too many positional"),
+        ("toy_losses.hinge_loss", "does not fit: missing a required argument: 'rejected'"),
+        ("toy_losses.hinge_loss,margn=1", "does not take margn; did you mean margin?"),
+        ("toy_losses.any_words,name=1,layer=2", None),
+    ],
+)
+def test_words_that_cannot_be_bound_are_named(layer, text, words):
+    """Catches a word that is dropped, one that fails only when the function is called, and
+    keywords of the user's that collide with those of `resolve`."""
+    if words is None:
+        assert resolve_words(layer, text)(0) == {"name": 1, "layer": 2}
+        return
+    with pytest.raises(ValueError) as error:
+        resolve_words(layer, text)
+    assert words in message(error)

@@ -21,7 +21,7 @@ from jaxreward.models import decoder, trainable
 from jaxreward.parallel import mesh
 from jaxreward.parallel import specs as sp
 from jaxreward.recipes import evaluate, sft
-from jaxreward.train import checkpoint, step
+from jaxreward.train import checkpoint, session, step
 
 LORA = ("models.policy.train=lora", "models.policy.lora_rank=4", "models.policy.top_layers=0")
 TOP = ("models.policy.train=top", "models.policy.top_layers=1")
@@ -407,3 +407,26 @@ def test_what_a_config_can_get_wrong(tiny_folder, tmp_path, overrides, text):
     """Catches faults that are told late, or not by the name of the field."""
     with pytest.raises(ValueError, match=text):
         sft.build(config(tiny_folder, *overrides), tmp_path)
+
+
+def test_data_are_read_as_the_config_names_them(chats):
+    """Catches a corpus without its keywords, and a message that knows of one kind of file only."""
+    seen = {}
+
+    def read(path, *, on_bad, corpus):
+        seen.update(path=path, keywords=corpus.keywords)
+        raise ValueError("enough")
+
+    words = ["data.corpus=unpaired.pairs,most=3", f"data.path={chats}"]
+    load = functools.partial(
+        session.load_data, tokenizer=None, read=read, made=None, encode=None, what="pair"
+    )
+    with pytest.raises(ValueError, match="enough"):
+        load(presets.load("sft/chat", words))
+    assert seen == {"path": str(chats), "keywords": {"most": 3}}
+    with pytest.raises(ValueError) as error:
+        load(presets.load("sft/chat"))
+    assert error.value.args[0] == (
+        "data.path is empty; pass --config.data.path=FILE, which may be .jsonl, .parquet, "
+        ".arrayrecord or tfds:NAME"
+    )

@@ -59,9 +59,10 @@ def pick(x: Float[Array, "B T *rest"], index: Int[Array, "B K"]):
 
 
 def _members(ids, num: int):
-    """True where entry n bears the id k, bool[..., N, num]; fused into the reduction after it.
+    """True where entry n bears the id k, bool[..., N, num].
 
-    Comparing costs less than scattering on an accelerator, and its sums have one order.
+    Comparing, unlike scattering, adds up in one order on every device. Compiled for a TPU it is
+    fused into the sum after it; a CPU holds [..., N, num] in float32 for the time of the sum.
     """
     if not isinstance(ids, jax.core.Tracer) and ids.size and int(ids.max()) >= num:
         raise ValueError(

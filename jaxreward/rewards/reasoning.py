@@ -36,7 +36,7 @@ _OF_RECORD = {
     "polynomial_multiplication": lambda entry: entry["answer"],
     "simple_integration": lambda entry: entry["metadata"]["integrand"],
 }
-_EXPONENTS = {"coin_flip"}  # 1e999999999 becomes an integer with as many digits
+_EXPONENTS = _FORMULAS | {"coin_flip"}  # 1e999999999 becomes an integer of as many digits
 _BOARDS = {"arc_agi", "rearc"}  # whose boards are tuples, which JSON makes lists
 
 _FUNCTIONS = (
@@ -224,11 +224,11 @@ def _check_record(task, record, text):
 
 def _safe(task, answer):
     """Whether a scorer may be given this answer."""
-    if task in _LITERALS:
-        return _literal(answer)
+    if task in _EXPONENTS and re.search(r"[\d.][eE][-+]?[\d_]{3}", answer):
+        return False
     if task in _FORMULAS:
         return _formula(answer)
-    return task not in _EXPONENTS or not re.search(r"[eE][-+]?\d{3}", answer)
+    return task not in _LITERALS or _literal(answer)
 
 
 def _literal(text):

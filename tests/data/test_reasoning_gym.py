@@ -1,5 +1,8 @@
 """Problems from reasoning_gym."""
 
+import json
+import math
+
 import pytest
 
 from jaxreward.data.corpora import reasoning_gym as corpus
@@ -99,3 +102,38 @@ def test_unknown_task():
     """A misspelt task must name the known ones."""
     with pytest.raises(KeyError, match="chain_sum_1"):
         corpus.problems("chain_sums", count=1, seed=0)
+
+
+def test_generate_any_task():
+    """Distinct problems with what scoring needs, in plain JSON, the same for the same seed."""
+    drawn = corpus.generate("gcd", count=12, seed=2, config={"max_value": 30})
+    assert drawn == corpus.generate("gcd", count=12, seed=2, config={"max_value": 30})
+    assert len({p["prompt"] for p in drawn}) == len({p["id"] for p in drawn}) == 12
+    for problem in drawn:
+        numbers = json.loads(problem["metadata"])["numbers"]
+        assert max(numbers) <= 30 and str(math.gcd(*numbers)) == problem["answer"]
+        assert (problem["task"], json.loads(problem["config"])) == ("gcd", {"max_value": 30})
+    assert all(isinstance(value, str) for p in drawn for value in p.values())
+
+
+def test_generate_splits_by_problem():
+    """Nearby seeds draw the same problems; a split by key must not let one stand on both sides."""
+    drawn = [p for seed in (0, 1) for p in corpus.generate("gcd", count=30, seed=seed)]
+    assert len({p["key"] for p in drawn}) < len(drawn)
+    rest, held = corpus.split(drawn, fraction=0.3, seed=0)
+    assert not {p["prompt"] for p in rest} & {p["prompt"] for p in held}
+
+
+def test_generate_errors():
+    """A misspelt task or setting, and a task that runs out, must say so."""
+    with pytest.raises(KeyError, match="did you mean basic_arithmetic"):
+        corpus.generate("basic_arithmetics", count=1, seed=0)
+    with pytest.raises(KeyError, match="unknown task 'composite'"):
+        corpus.generate("composite", count=1, seed=0)
+    with pytest.raises(ValueError, match=r"its settings are .*max_terms"):
+        corpus.generate("chain_sum", count=1, seed=0, config={"terms": 2})
+    with pytest.raises(ValueError, match="task gcd does not take config"):
+        corpus.generate("gcd", count=1, seed=0, config={"min_value": 10, "max_value": 1})
+    with pytest.raises(ValueError, match=r"gave \d+ distinct problems in 700 draws; count is 200"):
+        config = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+        corpus.generate("products", count=200, seed=0, config=config)

@@ -440,7 +440,7 @@ def _stopped_code():
 
 def _check_resume(path, changed):
     """Refuses to go on with a run under another config than the one it was started with."""
-    from jaxreward import presets
+    from jaxreward import overrides, presets
 
     refused = {}
     for key, (old, new) in changed.items():
@@ -454,11 +454,11 @@ def _check_resume(path, changed):
     if not refused:
         return
     lines = [
-        f"  {key}: {presets.spell(old)} there, {presets.spell(new)} now"
+        f"  {key}: {overrides.spell(old)} there, {overrides.spell(new)} now"
         for key, (old, new) in refused.items()
     ]
     flags = [
-        shlex.quote(f"--config.{key}={presets.spell(old)}")
+        shlex.quote(f"--config.{key}={overrides.spell(old)}")
         for key, (old, new) in refused.items()
         if presets.ABSENT not in (old, new)
     ]

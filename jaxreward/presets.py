@@ -13,16 +13,13 @@ A config file is a Python file with `get_config(arg="")` that returns a `ConfigD
 Every shipped config has the sections seed, recipe, models, data, losses, optim, mesh, train and
 evals, and accepts the word `smoke`: the same run at toy size.
 
-Overrides are parsed here and not by `config_flags`, which reads the command line of the process
-even for a private FlagValues, and so cannot be called from a notebook or a test.
+Those of online_rl have rollouts, rewards and advantages beside.
 """
 
-import ast
 import importlib.util
 import inspect
 import json
 import math
-import re
 import secrets
 import traceback
 from pathlib import Path
@@ -30,6 +27,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxreward.core.resolve import near
+from jaxreward.overrides import override, parse
 
 # What `diff` shows where one of the two configs has no such key.
 ABSENT = "(absent)"
@@ -67,7 +65,7 @@ def parse_arg(arg, **words):
         if switch == bool(equals):
             wanted = f"{word!r} alone" if switch else f"'{word}=VALUE'"
             raise ValueError(f"the config's argument {arg!r}: expected {wanted}, got {part!r}")
-        given[word] = True if switch else _parse(text, words[word], type(words[word]), word)
+        given[word] = True if switch else parse(text, words[word], type(words[word]), word)
     return {**words, **given}
 
 
@@ -154,6 +152,92 @@ def rows(**changes):
         "eval_batch": 8,
         "on_bad": "error",
         **changes,
+    }
+
+
+def prompts(**changes):
+    """The section `data` of recipes that sample: as `rows`, but `max_len` counts the tokens of a
+    prompt alone, `row_len` 0 takes a prompt with as many answers as fit, and an update runs
+    `batch` rows at a time, as often as its answers need."""
+    section = rows(max_len=512)
+    del section["eval_batch"]
+    return {**section, **changes}
+
+
+def rollouts(
+    *,
+    prompts,
+    answers,
+    max_new,
+    outcome,
+    updates=1,
+    epochs=1,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    slots=0,
+    cache="",
+    reduction="token",
+    filter="none",
+    mask_truncated=False,
+    overlong=0,
+    whiten=False,
+    importance="none",
+    importance_cap=2.0,
+    reward_kl=0.0,
+    workers=2,
+    timeout=10.0,
+    offsets=False,
+    show=2,
+):
+    """How the answers of a round are sampled, graded and used.
+
+    Args:
+      prompts, answers: Of a round, and to each prompt. max_new: Most tokens of an answer.
+      outcome: The part of a reward that says whether an answer is right, "<reward>/<part>".
+      updates: Minibatches of a round, a divisor of `prompts`. epochs: Times each is used.
+      temperature, top_k, top_p, min_p: Of sampling; the losses use the temperature, too.
+      slots: Answers decoded side by side; 0 = all. cache: Dtype of keys and values, "" = compute.
+      reduction: "token", "sequence", "sequence_sum", "fixed" (over `max_new`) or "group", as
+        `objectives.policy.reduction`.
+      filter: Which groups count: "none" (all), "outcome" (outcomes differ) or "shaped" (something
+        is right, and rewards differ).
+      mask_truncated: Leave out answers that were cut off at `max_new`.
+      overlong: Last tokens before `max_new` over which rewards fall by 1; 0 = none.
+      whiten: Advantages over all tokens of the round.
+      importance, importance_cap: `objectives.policy.importance_weights` between sampler and
+        trainer: "none", "token", "sequence" or "mean".
+      reward_kl: Coefficient of the divergence from the initial policy in the rewards.
+      workers, timeout: Processes of the rewards (0 = none, in this one), seconds for one call.
+      offsets: Tell rewards the characters of each token.
+      show: Prompts a round whose answers are written to answers/.
+    """
+    return {
+        "prompts": prompts,
+        "answers": answers,
+        "max_new": max_new,
+        "outcome": outcome,
+        "updates": updates,
+        "epochs": epochs,
+        "temperature": float(temperature),
+        "top_k": top_k,
+        "top_p": float(top_p),
+        "min_p": float(min_p),
+        "slots": slots,
+        "cache": cache,
+        "reduction": reduction,
+        "filter": filter,
+        "mask_truncated": mask_truncated,
+        "overlong": overlong,
+        "whiten": whiten,
+        "importance": importance,
+        "importance_cap": float(importance_cap),
+        "reward_kl": float(reward_kl),
+        "workers": workers,
+        "timeout": float(timeout),
+        "offsets": offsets,
+        "show": show,
     }
 
 
@@ -256,6 +340,7 @@ _SMOKE = {
         "batch": 8,
         "eval_batch": 8,
     },
+    "rollouts": {"prompts": 4, "answers": 2, "max_new": 8, "slots": 0, "overlong": 0},
     "train": {"steps": 4, "microbatches": 1, "log_every": 1, "save_every": 2, "eval_every": 2},
 }
 
@@ -272,7 +357,8 @@ def smoke(config, arg="smoke"):
     if "smoke" not in (word.strip() for word in arg.split(",")):
         return config
     targets = [(f"models.{name}", model, _SMOKE["models"]) for name, model in config.models.items()]
-    targets += [(section, config[section], _SMOKE[section]) for section in ("data", "train")]
+    sections = [name for name in ("data", "train", "rollouts") if name in config]
+    targets += [(section, config[section], _SMOKE[section]) for section in sections]
     for where, section, small in targets:
         for key, value in small.items():
             if key not in section:
@@ -335,8 +421,7 @@ def load(name, overrides=()):
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ValueError(f"override {text!r}: expected 'section.key=value'")
-        path = re.findall(r"\[-?\d+\]|[^.\[\]]+", key)
-        _override(config, path, value, "config")
+        override(config, key, value)
     return config.lock()
 
 
@@ -380,130 +465,6 @@ def _from_file(path, arg):
             "ml_collections.ConfigDict; start it with presets.base(arg)"
         )
     return config
-
-
-def _override(node, path, text, where):
-    """`node` with the item at `path` read from `text`; mappings are changed in place."""
-    key, *rest = path
-    if isinstance(node, ConfigDict | dict):
-        if key not in node:
-            known = sorted(node)
-            raise KeyError(
-                f"unknown key {where}.{key}{near(key, known)} "
-                f"keys there: {', '.join(known) or 'none'}"
-            )
-        name, inner = key, f"{where}.{key}"
-        kind = node.get_type(key) if isinstance(node, ConfigDict) else type(node[key])
-    elif isinstance(node, list | tuple):
-        name, inner = _index(node, key, where), f"{where}{key}"
-        kind = type(node[name])
-    else:
-        raise KeyError(
-            f"unknown key {where}.{key}; {where} is a single value, {node!r}, not a section"
-        )
-    value = (
-        _override(node[name], rest, text, inner) if rest else _parse(text, node[name], kind, inner)
-    )
-    if isinstance(node, list | tuple):
-        return type(node)([*node[:name], value, *node[name + 1 :]])
-    if value is not node[name]:
-        node[name] = value
-    return node
-
-
-def _index(node, key, where):
-    if not re.fullmatch(r"\[\d+\]", key) or int(key[1:-1]) >= len(node):
-        raise KeyError(
-            f"unknown item {key!r} of {where}; it is a {type(node).__name__} of {len(node)}: "
-            f"write {where}[0] and so on, or the whole {type(node).__name__}"
-        )
-    return int(key[1:-1])
-
-
-def _parse(text, old, kind, where):
-    """`text` as a value of type `kind`, to stand in the place of `old`."""
-    if old is None and kind is type(None):
-        raise ValueError(
-            f"{where} is None and so has no type to read {text!r} by; "
-            "declare it in the config file as config_dict.placeholder(type)"
-        )
-    if old is None and text.lower() == "none":
-        return None
-    if issubclass(kind, ConfigDict | dict):
-        keys = ", ".join(sorted(old)) or "none"
-        raise ValueError(f"{where} is a section; set one of its keys, got {text!r}; keys: {keys}")
-    if kind not in _READERS:
-        raise ValueError(
-            f"{where} is a {kind.__name__}, which is not read from text such as {text!r}; "
-            "set it in the config file"
-        )
-    value = _READERS[kind](text, old)
-    if value is None:
-        expected = _EXPECTED.get(kind, kind.__name__)
-        raise ValueError(f"{where}: expected {expected}, got {text!r}")
-    return value
-
-
-def _read_bool(text, old):
-    return {"true": True, "1": True, "false": False, "0": False}.get(text.strip().lower())
-
-
-def _read_int(text, old):
-    return int(text) if re.fullmatch(r"\s*[+-]?\d+(_\d+)*\s*", text) else None
-
-
-def _read_float(text, old):
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _read_sequence(text, old):
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
-        return None
-    if not isinstance(value, list | tuple):
-        return None
-    # Items that are all of one plain type stay so: [1, 2] does not become ["a"].
-    kinds = {type(item) for item in old or ()}
-    if len(kinds) == 1 and (kind := kinds.pop()) in (bool, int, float, str):
-        if kind is float:
-            value = [float(item) if type(item) is int else item for item in value]
-        if any(type(item) is not kind for item in value):
-            return None
-    return value
-
-
-_READERS = {
-    bool: _read_bool,
-    int: _read_int,
-    float: _read_float,
-    str: lambda text, old: text,
-    list: lambda text, old: _as(list, _read_sequence(text, old)),
-    tuple: lambda text, old: _as(tuple, _read_sequence(text, old)),
-}
-_EXPECTED = {
-    bool: "bool (true or false)",
-    float: "float (a finite number)",
-    list: "list like the present one, written as in Python: [1, 2]",
-    tuple: "tuple like the present one, written as in Python: (1, 2)",
-}
-
-
-def _as(kind, value):
-    return None if value is None else kind(value)
-
-
-def spell(value):
-    """`value` as one writes it after "=" in an override; `load` reads it back as it was."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "none"
-    return value if isinstance(value, str) else repr(value)
 
 
 # Compare and save

@@ -109,6 +109,25 @@ def synthetic_points(
     return points
 
 
+def synthetic_problems(count: int, *, seed: int = 0) -> list[dict]:
+    """Sums with their answers, as `data.prompts.read` gives them."""
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        a, b = rng.randrange(10), rng.randrange(10)
+        extra = {"answer": str(a + b)}
+        made.append({"id": f"sum-{i}", "prompt": f"{a} + {b} = ?", "extra": extra})
+    return made
+
+
+def vowels(prompt, answer: str, record: dict) -> dict[str, float]:
+    """A text reward that any model can learn: the share of an answer's characters that are vowels,
+    and whether there is one."""
+    del prompt, record
+    share = sum(c in "aeiou" for c in answer) / max(len(answer), 1)
+    return {"share": share, "some": float(share > 0)}
+
+
 def empty_pair_rows(batch: int, length: int, *, answers: int = 2, pairs: int = 1) -> PairRows:
     """PairRows of padding only, as NumPy arrays; fill what a test needs with `.replace`."""
     import numpy as np

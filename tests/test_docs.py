@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 import jaxreward
-from jaxreward import cli, presets
+from jaxreward import cli, overrides, presets
 from jaxreward.core.resolve import resolve
 from jaxreward.data import conversations, points, sources
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))]
 SHORT = ("configs", "add_a_model", "add_a_paper", "from_trl", "data")
-SECTIONS = "models|data|losses|optim|mesh|train|evals"
+SECTIONS = "models|data|losses|optim|mesh|train|evals|rollouts|rewards|advantages"
 
 every_page = pytest.mark.parametrize("name", PAGES)
 
@@ -44,7 +44,8 @@ def keys(name):
 
 def any_name(key):
     """`losses.bt.fn` and `evals.gaps.fn` as the names of losses and evaluators are: free."""
-    return re.sub(r"^(losses|evals|models)\.[\w*]+", r"\1.*", key)
+    key = re.sub(r"^(losses|evals|models|rewards)\.[\w*]+", r"\1.*", key)
+    return re.sub(r"(\.weights)\.\w+", r"\1", key)
 
 
 @pytest.mark.parametrize(
@@ -58,17 +59,31 @@ def test_every_key_stands_in_the_table_with_its_default(name, column):
         if said != "-":
             shown[bare(row[0])] = "" if said == "(empty)" else said
         assert row[3], f"{row[0]} is not explained"
-    assert shown == {key: presets.spell(value) for key, value in keys(name).items()}
+    assert shown == {key: overrides.spell(value) for key, value in keys(name).items()}
 
 
 def test_keys_of_the_other_shipped_configs_are_explained_too():
     """Catches a config with a key of its own that no page names."""
-    page = read("docs/configs.md")
-    named = {any_name(key) for key in re.findall(rf"`((?:{SECTIONS})\.[\w.]+)", page)}
+    page = read("docs/configs.md") + read("docs/online_rl.md")
+    named = {any_name(key) for key in re.findall(rf"`((?:{SECTIONS})\.[\w.*]+)", page)}
     named |= {f"losses.*.{word}" for row in table("docs/configs.md", "fn") for word in words(row)}
     for name in presets.shipped():
         unknown = {any_name(key) for key in keys(name)} - named - {"seed", "recipe"}
         assert {key for key in unknown if not key.startswith("evals.")} == set(), name
+
+
+def test_the_table_of_rollouts_is_complete():
+    """Catches a setting of online RL that the page lacks, or has with another default."""
+    shown = {bare(row[0]): bare(row[1]) for row in table("docs/online_rl.md", "key")}
+    given = inspect.signature(presets.rollouts).parameters.values()
+    must = "must be given"
+    said = {
+        f"rollouts.{p.name}": must
+        if p.default is p.empty
+        else overrides.spell(p.default) or "(empty)"
+        for p in given
+    }
+    assert shown == said
 
 
 def words(row):

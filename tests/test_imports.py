@@ -36,7 +36,8 @@ OURS = {
     "report": _MIDDLE,
     "evals": _MIDDLE | {"train.checkpoint"},
     "recipes": _MIDDLE | {"train", "hub", "agents", "report", "evals", "presets", "testing"},
-    "presets": _LOW,
+    "presets": _LOW | {"overrides"},
+    "overrides": {"core"},
     "testing": _LOW,
     "configs": {"presets"},
 }

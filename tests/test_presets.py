@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
 
-from jaxreward import presets
+from jaxreward import overrides, presets
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict
@@ -279,7 +279,7 @@ plain = st.one_of(
 def test_spell_is_the_inverse_of_an_override(value):
     """Catches a remedy in an error text that does not do what it says."""
     config = ConfigDict({"key": value})
-    presets._override(config, ["key"], presets.spell(value), "config")
+    overrides.override(config, "key", overrides.spell(value))
     assert config.key == value and type(config.key) is type(value)
 
 
@@ -364,6 +364,6 @@ def test_references_between_fields_are_followed(tmp_path):
     """Catches a save that writes the reference object, or an override that cuts it."""
     config = ConfigDict({"a": 2})
     config.b = config.get_oneway_ref("a") * 3
-    presets._override(config, ["a"], "5", "config")
+    overrides.override(config, "a", "5")
     assert presets.to_dict(config) == {"a": 5, "b": 15}
     assert config_dict.placeholder(int).get() is None

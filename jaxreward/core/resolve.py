@@ -97,6 +97,11 @@ def resolve_words(layer, text):
     return found
 
 
+def keywords(entry, *reserved):
+    """What an entry of a config binds: all but `fn` and the reserved keys, such as "coef"."""
+    return {k: v for k, v in dict(entry).items() if k not in ("fn", *reserved)}
+
+
 def near(words, known):
     """The middle of an error text: what the misspelt name or names may have meant.
 

@@ -25,7 +25,7 @@ import numpy as np
 from jaxreward import presets, testing
 from jaxreward.core import metrics as m
 from jaxreward.core import trees as tr
-from jaxreward.core.resolve import resolve
+from jaxreward.core.resolve import keywords, resolve
 from jaxreward.core.types import PairRows
 from jaxreward.data import pairs as pair_data
 from jaxreward.data import points, sources, tokenize
@@ -60,7 +60,7 @@ def _of_answers(fn) -> bool:
 
 def _entry(name, entry):
     """(function with its constants, {keyword: word}) of one entry of `config.losses`."""
-    kw = {k: v for k, v in dict(entry).items() if k not in ("fn", "coef")}
+    kw = keywords(entry, "coef")
     words = {}
     for key in _FILLED.keys() & kw.keys():
         value = kw.pop(key)

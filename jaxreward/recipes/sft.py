@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxreward import presets, testing
 from jaxreward.core import metrics as m
 from jaxreward.core import trees as tr
-from jaxreward.core.resolve import resolve
+from jaxreward.core.resolve import keywords, resolve
 from jaxreward.core.types import Rows
 from jaxreward.data import conversations, tokenize
 from jaxreward.evals import likelihood, scorer
@@ -44,7 +44,7 @@ def make_loss(
     """
     fns, coef = {}, {}
     for name, entry in losses.items():
-        kw = {k: v for k, v in dict(entry).items() if k not in ("fn", "coef")}
+        kw = keywords(entry, "coef")
         fns[name] = resolve("objectives", entry["fn"], softcap=plan.cfg.logit_softcap, **kw)
         coef[name] = float(entry["coef"])
 

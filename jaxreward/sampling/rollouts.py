@@ -11,7 +11,7 @@ lives elsewhere is an object with these three methods.
 
 import collections
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -54,7 +54,7 @@ class Engine:
         max_prompt: int,
         max_new: int,
         choose: Any,
-        stop: Sequence[int],
+        stop: Collection[int],
         matcher: np.ndarray | None = None,
         rules: Rules | None = None,
         slots: int | None = None,

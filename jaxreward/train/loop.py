@@ -178,6 +178,8 @@ def run(
     total: Callable[[int], int] = int,
     peak: float | None = None,
     profile: Any = None,
+    before: Callable[[TrainState], None] | None = None,
+    whole: Callable[[], bool] | None = None,
     label: str = "train",
 ) -> TrainState:
     """Runs `step` until `state.step == steps`.
@@ -200,6 +202,9 @@ def run(
       total: Sums what each process has counted in its rows (`hosts.total`).
       peak: FLOPs a second of all devices (`plan.peak`), for "train/mfu"; None where not known.
       profile: `tracking.Profile`, or None.
+      before: Called with the state before each batch is taken, for batches that depend on it.
+      whole: Whether the position of `batches` can be saved now; what is due waits until it can.
+        None = always.
       label: Shown in front of the progress.
 
     Returns:
@@ -271,10 +276,13 @@ def run(
         skipped.window = {}
         speed.restart()
 
+    stop = owed = False  # asked to stop; a save was due and could not be taken
     with _Flag() as flag:
         while at < steps:
             if profile is not None:
                 profile.before(at + 1, state)
+            if before is not None:
+                before(state)
             raw = next(batches)
             batch = to_device(raw)
             speed.take(raw, step, state, frozen, batch)
@@ -284,10 +292,12 @@ def run(
                 writers.say(told)
             metrics = skipped.take(at, metrics)
             pending = metrics if pending is None else m.add(pending, metrics)
-            stop = flag.at(at)
+            stop = flag.at(at) or stop
+            owed = owed or bool(due(save_every))
+            saving = (owed or stop) and (whole is None or whole())
             evaluating = evaluate is not None and due(eval_every)
             # Nothing is saved or evaluated before its numbers are known.
-            if due(log_every) or evaluating or due(save_every) or stop:
+            if due(log_every) or evaluating or saving:
                 write()
                 check()
             elif skipped.full():
@@ -297,9 +307,10 @@ def run(
                 values = evaluate(state)
                 metrics_file.write(at, {f"eval/{k}": v for k, v in values.items()})
                 speed.restart()
-            if due(save_every) or stop:
+            if saving:
                 save()
-            if stop and at < steps:
+                owed = False
+            if stop and saving and at < steps:
                 progress.close()
                 if checkpoints is not None:
                     checkpoints.wait(required=True)

@@ -33,7 +33,7 @@ import jax
 import numpy as np
 
 from jaxreward.core.provenance import environment
-from jaxreward.core.resolve import resolve, resolve_words
+from jaxreward.core.resolve import keywords, resolve, resolve_words
 from jaxreward.data import pipeline, sources, tokenize
 from jaxreward.models import trainable
 from jaxreward.parallel import hosts, mesh, rules
@@ -56,6 +56,8 @@ class Built:
       train, heldout: Trees. steps: Length of the run.
       evaluate: state -> {metric: value}. schedule: step -> learning rate.
       meta: Facts stored with checkpoints. facts: Facts for environment.json.
+      before: Called with the state before each batch is taken, or None.
+      whole: Whether the run may be saved now, or None if it always may.
     """
 
     plan: trainable.Plan
@@ -74,6 +76,81 @@ class Built:
     schedule: Callable
     meta: dict
     facts: dict
+    before: Callable | None = None
+    whole: Callable | None = None
+
+
+def stepper(
+    config,
+    *,
+    plan: trainable.Plan,
+    params: PyTree,
+    key: jax.Array,
+    where: rules.Rules | None,
+    steps: int,
+    losses: tuple,
+    microbatches: int | Callable[[int], int],
+) -> tuple[Any, Callable, Callable]:
+    """(training state at step 0, the jitted step, step -> learning rate) of a run.
+
+    Args:
+      config: Its sections `optim` and `train` are read.
+      plan, params: What is trained. key: Of the run. where: Mesh and layouts, or None.
+      steps: Length of the run.
+      losses, microbatches: (loss, weights, coef) and the cut, as `make_train_step` takes them.
+    """
+    tx = optim.make(config.optim, steps)
+    ema = config.train.ema
+    placed = state.shardings(trainable.param_specs(plan), tx, where, ema=ema > 0) if where else None
+    start = state.create(params, tx, key, ema=ema > 0)
+    start = state.place(start, placed) if placed else start
+    train_step = step.make_train_step(
+        *losses,
+        tx,
+        rules=where,
+        shardings=placed,
+        batch_sharding=hosts.batch_sharding(where) if where else None,
+        microbatches=microbatches,
+        clip=config.optim.clip or None,
+        trained=optim.trained(config.optim, params),
+        ema=ema,
+    )
+    return start, train_step, optim.schedule(config.optim, steps)
+
+
+def evaluator(config, predict: Callable, frozen: PyTree, held: list) -> Callable:
+    """The function state -> {metric: value} that `config.evals` describes.
+
+    Args:
+      config: Its sections `evals` and `train` are read.
+      predict: (params, frozen, what is held out) -> what the evaluators read.
+      frozen, held: What is not trained, and what is held out; nothing is measured on nothing.
+
+    Raises:
+      ValueError, KeyError: naming an evaluator that is not there or its keyword.
+    """
+    evals = {}
+    for name, entry in config.evals.items():
+        evals[name] = resolve("evals", entry["fn"], **keywords(entry))
+
+    def evaluate(at):
+        if not held:
+            return {}
+        params = at.extra["ema"] if config.train.ema else at.params
+        measured = functools.partial(predict, params, frozen)
+        return {f"{name}/{k}": v for name, fn in evals.items() for k, v in fn(measured, held)}
+
+    return evaluate
+
+
+def origin(config, folder: Path, source_hash: str, tokenizer: tokenize.Tokenizer) -> dict:
+    """What a checkpoint says of the model it goes on from, and of how text became tokens."""
+    return {
+        "init": str(folder.resolve()),
+        "init_sha256": source_hash,
+        "template": tokenize.chosen_template(tokenizer, config.data.template),
+        "max_len": config.data.max_len,
+    }
 
 
 def assemble(
@@ -121,33 +198,16 @@ def assemble(
     )
     epoch = pipeline.steps_per_epoch(len(packed), batch=config.data.batch)
     steps = config.train.steps or epoch * config.train.epochs
-    tx = optim.make(config.optim, steps)
-    ema = config.train.ema
-    placed = state.shardings(trainable.param_specs(plan), tx, where, ema=ema > 0) if where else None
-    start = state.create(params, tx, key, ema=ema > 0)
-    start = state.place(start, placed) if placed else start
-    train_step = step.make_train_step(
-        *losses(packed),
-        tx,
-        rules=where,
-        shardings=placed,
-        batch_sharding=hosts.batch_sharding(where) if where else None,
+    start, train_step, schedule = stepper(
+        config,
+        plan=plan,
+        params=params,
+        key=key,
+        where=where,
+        steps=steps,
+        losses=losses(packed),
         microbatches=config.train.microbatches,
-        clip=config.optim.clip or None,
-        trained=optim.trained(config.optim, params),
-        ema=ema,
     )
-    evals = {}
-    for name, entry in config.evals.items():
-        kw = {k: v for k, v in dict(entry).items() if k != "fn"}
-        evals[name] = resolve("evals", entry["fn"], **kw)
-
-    def evaluate(at):
-        if not held:
-            return {}
-        measured = functools.partial(predict, at.extra["ema"] if ema else at.params, frozen)
-        return {f"{name}/{k}": v for name, fn in evals.items() for k, v in fn(measured, held)}
-
     slots = pipeline.efficiency(train, packed, row_len=length)
     return Built(
         plan=plan,
@@ -162,14 +222,9 @@ def assemble(
         train=train,
         heldout=held,
         steps=steps,
-        evaluate=evaluate,
-        schedule=optim.schedule(config.optim, steps),
-        meta={
-            "init": str(folder.resolve()),
-            "init_sha256": source_hash,
-            "template": tokenize.chosen_template(tokenizer, config.data.template),
-            "max_len": config.data.max_len,
-        },
+        evaluate=evaluator(config, predict, frozen, held),
+        schedule=schedule,
+        meta=origin(config, folder, source_hash, tokenizer),
         facts=facts
         | {
             "rows": {"count": len(packed), "length": length, "efficiency": round(slots, 4)},
@@ -334,6 +389,8 @@ def run(built: Built, workdir: Path, train) -> None:
                 total=functools.partial(hosts.total, rules=built.rules),
                 peak=peak(built.rules.mesh.devices.flat if built.rules else jax.devices()[:1]),
                 profile=profile if writes else None,
+                before=built.before,
+                whole=built.whole,
             )
 
 

@@ -11,6 +11,7 @@ On a mesh with a `data` axis each group of devices runs its microbatches alone, 
 that axis, the slowest, once a step.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,7 +59,7 @@ def make_gradient(
     loss: Loss,
     weights: Weights,
     coef: Mapping[str, float],
-    microbatches: int = 1,
+    microbatches: int | Callable[[int], int] = 1,
     *,
     rules: Rules | None = None,
     trained: PyTree | None = None,
@@ -79,8 +80,8 @@ def make_gradient(
 
     differentiate = jax.value_and_grad(one, has_aux=True)
 
-    def accumulate(params, held, frozen, batch, keys, extra, denominators):
-        if microbatches == 1:
+    def accumulate(params, held, frozen, batch, keys, extra, denominators, parts):
+        if parts == 1:
             (value, (terms, metrics, extra)), grads = differentiate(
                 params, held, frozen, batch, keys, extra, denominators
             )
@@ -98,12 +99,12 @@ def make_gradient(
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         start = (zeros, jnp.float32(0), dict.fromkeys(coef, jnp.float32(0)), extra)
         (grads, value, terms, extra), stacked = jax.lax.scan(
-            body, start, _cut((batch, keys), microbatches)
+            body, start, _cut((batch, keys), parts)
         )
         return grads, value, terms, m.over_axis(stacked), extra
 
-    def part_of_data(*args):
-        grads, value, terms, metrics, _ = accumulate(*args[:5], {}, args[5])
+    def part_of_data(parts, *args):
+        grads, value, terms, metrics, _ = accumulate(*args[:5], {}, args[5], parts)
         grads, value, terms = jax.lax.psum((grads, value, terms), "data")
         return grads, value, terms, m.over_mesh(metrics, "data"), {}
 
@@ -113,10 +114,13 @@ def make_gradient(
         held = None
         if trained is not None:
             params, held = trees.partition(params, trained)
-        keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        parts = microbatches(rows) if callable(microbatches) else microbatches
+        keys = jax.random.split(key, rows)
         if rules is None or rules.mesh.shape["data"] == 1 or extra:
-            return accumulate(params, held, frozen, batch, keys, extra, denominators)
-        apart = over_data(part_of_data, rules, (0, 0, 0, 1, 1, 0), (0, 0, 0, 0, 0))
+            return accumulate(params, held, frozen, batch, keys, extra, denominators, parts)
+        part = functools.partial(part_of_data, parts)
+        apart = over_data(part, rules, (0, 0, 0, 1, 1, 0), (0, 0, 0, 0, 0))
         return apart(params, held, frozen, batch, keys, denominators)
 
     return gradient
@@ -131,7 +135,7 @@ def make_train_step(
     rules: Rules | None = None,
     shardings: TrainState | None = None,
     batch_sharding: Any = None,
-    microbatches: int = 1,
+    microbatches: int | Callable[[int], int] = 1,
     clip: float | None = None,
     trained: PyTree | None = None,
     ema: float = 0.0,
@@ -151,7 +155,7 @@ def make_train_step(
       shardings: TrainState of shardings, pinned on both sides; None without a mesh.
       batch_sharding: Sharding of the batch's leading axis.
       microbatches: Parts of the batch that run one after the other (on a mesh with `data`, parts
-        of each group's rows).
+        of each group's rows), or a function that gives them from the number of rows.
       clip: Largest global gradient norm, or None.
       trained: Tree of bools, False for leaves that get no gradient and no update; None trains all.
       ema: Decay of the moving average of the parameters in `extra["ema"]`, 0 for none:

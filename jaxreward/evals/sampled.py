@@ -1,0 +1,152 @@
+"""Answers of a policy, graded by text rewards: in training, and on held-out prompts."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxreward.core.resolve import keywords, resolve
+from jaxreward.data.tokenize import Tokenizer
+from jaxreward.evals import pairwise
+from jaxreward.rewards import anchor
+from jaxreward.rewards.workers import Workers
+from jaxreward.sampling import rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Grades:
+    """Rewards of a round, [P, G] each.
+
+    Attributes:
+      reward: What advantages are made of: the weighted sum of the parts.
+      outcome: The part that says whether the answer is right, before any shaping.
+      parts: Every part of every reward, by "<reward>/<part>".
+      failed: Where a reward gave nothing, and 0 was taken.
+      failures: {"<reward>: <reason>": count}.
+    """
+
+    reward: np.ndarray
+    outcome: np.ndarray
+    parts: dict[str, np.ndarray]
+    failed: np.ndarray
+    failures: dict[str, int]
+
+
+class Grader:
+    """The text rewards of `config.rewards`, in processes of their own.
+
+    Every entry has `fn` (resolved in `rewards`), `weights` ({part: weight}; parts without one are
+    logged and do not count) and further keywords of the function. `rollouts.outcome` names the part
+    that says whether an answer is right, "<entry>/<part>".
+
+    An answer is decoded without special tokens. A record's own fields reach the rewards, with
+    `truncated` (the answer reached the longest length) and, with `rollouts.offsets`, the characters
+    of each token (`anchor.token_spans`).
+    """
+
+    def __init__(self, config, tokenizer: Tokenizer):
+        at = config.rollouts
+        if not config.rewards:
+            raise ValueError("config.rewards names no reward")
+        fns = {
+            name: resolve("rewards", entry["fn"], **keywords(entry, "weights"))
+            for name, entry in config.rewards.items()
+        }
+        self._weights = {name: dict(entry["weights"]) for name, entry in config.rewards.items()}
+        self._outcome, self._at, self._tokenizer = at.outcome, at, tokenizer
+        self._workers = Workers(fns, workers=at.workers, timeout=at.timeout)
+
+    def __call__(self, records: list[dict], groups: list[list]) -> tuple[Grades, list[list[str]]]:
+        """(grades, texts) of the answers to each record's prompt."""
+        said = rollouts.texts(groups, self._tokenizer.decode)
+        samples = []
+        for record, group, answers in zip(records, groups, said, strict=True):
+            for answer, text in zip(group, answers):
+                more = {**record["record"], "truncated": not answer.finished}
+                if self._at.offsets:
+                    decode = self._tokenizer.decode
+                    more["offsets"] = [list(x) for x in anchor.token_spans(answer.tokens, decode)]
+                samples.append((record["prompt"], text, more))
+        graded = self._workers.grade(samples)
+        shape = (len(groups), len(groups[0]))
+        parts, failures = {}, {}
+        reward, failed = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        for name, found in graded.items():
+            failed |= ~found.ok.reshape(shape)
+            failures |= {f"{name}: {reason}": n for reason, n in found.failures.items()}
+            unknown = set(self._weights[name]) - set(found.parts)
+            if unknown and found.parts:
+                raise ValueError(
+                    f"rewards.{name}.weights names {', '.join(sorted(unknown))}; the reward gives "
+                    f"{', '.join(found.parts)}"
+                )
+            for k, part in enumerate(found.parts):
+                values = found.values[:, k].reshape(shape)
+                parts[f"{name}/{part}"] = values
+                reward += self._weights[name].get(part, 0.0) * values
+        if self._outcome not in parts:
+            if parts:
+                raise ValueError(
+                    f"rollouts.outcome is {self._outcome!r}; the rewards give {', '.join(parts)}"
+                )
+            parts[self._outcome] = np.zeros(shape, np.float32)
+        return Grades(reward, parts[self._outcome], parts, failed, failures), said
+
+    def close(self):
+        """Ends the worker processes."""
+        self._workers.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """Graded answers to P prompts, n to each; all arrays [P, n].
+
+    Attributes:
+      outcome: Whether the answer is right, or how good it is. reward: What training maximises.
+      length: Tokens. finished: False where it was cut off.
+      parts: Every part of every reward, by name.
+    """
+
+    outcome: np.ndarray
+    reward: np.ndarray
+    length: np.ndarray
+    finished: np.ndarray
+    parts: dict[str, np.ndarray]
+
+
+def answers(
+    predict: Callable[..., Answered],
+    prompts: list[Any],
+    *,
+    n: int = 1,
+    temperature: float = 0.0,
+    samples: int = 2000,
+) -> Iterator[tuple[str, float]]:
+    """Yields "outcome" (mean over prompts of the mean over their answers: pass@1 where it is 0 or
+    1), "outcome_low" and "outcome_high" (95 % interval, prompts resampled), "best" (of the n), the
+    means "reward", "length", "finished" and "part/<name>", and "prompts".
+
+    Args:
+      predict: (prompts, n, temperature) -> Answered.
+      prompts: Held out.
+      n: Answers to each. temperature: Of sampling; 0 is greedy, for which n must be 1.
+      samples: Of the bootstrap.
+
+    Raises:
+      ValueError: for several greedy answers, which are all the same.
+    """
+    if n > 1 and temperature == 0:
+        raise ValueError(f"evals: {n} greedy answers to a prompt are one; set temperature above 0")
+    found = predict(prompts, n, temperature)
+    each = found.outcome.mean(axis=1)
+    mean, low, high = pairwise.bootstrap(each, np.arange(len(each)), samples=samples)
+    yield "outcome", mean
+    yield "outcome_low", low
+    yield "outcome_high", high
+    yield "best", float(found.outcome.max(axis=1).mean())
+    for name in ("reward", "length", "finished"):
+        yield name, float(getattr(found, name).mean())
+    for name, values in found.parts.items():
+        yield f"part/{name}", float(values.mean())
+    yield "prompts", float(len(each))

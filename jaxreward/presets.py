@@ -135,10 +135,11 @@ def rows(**changes):
     """The section `data` of recipes that read a file and pack it.
 
     `path` and `eval_path` are files (without the second, `eval_fraction` of the prompts is held
-    out); `corpus` names a function of `data.corpora` that makes our rows of others, such as
-    "helpsteer3.pairs"; `template` is auto, chat or plain; `max_len` counts the tokens of a prompt
-    with one answer; `row_len` 0 is chosen from the data; `batch` and `eval_batch` count rows, each
-    of which packs several texts; `on_bad` is error or skip.
+    out); `corpus` names a function of `data.corpora` that makes our rows of others, with keywords
+    behind the name, such as "helpsteer3.pairs" or "pku_saferlhf.pairs,which=safer"; `template` is
+    auto, chat or plain; `max_len` counts the tokens of a prompt with one answer; `row_len` 0 is
+    chosen from the data; `batch` and `eval_batch` count rows, each of which packs several texts;
+    `on_bad` is error or skip.
     """
     return {
         "path": "",

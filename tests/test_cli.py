@@ -108,6 +108,23 @@ def test_a_resumed_run_may_change_how_often_it_writes_and_run_longer(fake, tmp_p
         assert presets.diff(presets.read(tmp_path / "config.json"), expected) == {}
 
 
+def test_a_run_of_an_older_version_goes_on(fake, tmp_path):
+    """Catches a key that newer versions added, and that makes every older workdir useless."""
+    assert run_once(fake, tmp_path) == 0
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    older = json.loads(path.read_text())
+    older["data"]["source"] = "jsonl"
+    for section, key in (("data", "form"), ("data", "corpus"), ("train", "wandb")):
+        del older[section][key]
+    del older["models"]["policy"]["head_dropout"], older["losses"]["bt"]["margin"]
+    path.write_text(json.dumps(older))
+    assert run_once(fake, tmp_path, "--config.losses.bt.margin=data") == 2
+    assert run_once(fake, tmp_path, "--config.data.form=points") == 2
+    assert run_once(fake, tmp_path) == 0
+    assert json.loads(path.read_text()) == whole
+
+
 def test_a_run_by_epochs_does_not_become_one_by_steps(fake, tmp_path):
     """Catches 0 steps ("by epochs") taken for a number that 40 is larger than."""
     assert run_once(fake, tmp_path, "--config.train.steps=0") == 0

@@ -68,6 +68,8 @@ HEAVY = {  # loaded inside functions, so that `import jaxreward.anything` stays 
     "matplotlib",
     "gguf",
     "reasoning_gym",
+    "tensorboardX",
+    "wandb",
 }
 DYNAMIC = {"jaxreward/__init__.py", "jaxreward/core/resolve.py"}  # import by a computed name
 NAMELESS = {"util", "utils", "helper", "helpers", "misc", "common"}

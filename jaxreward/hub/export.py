@@ -231,6 +231,7 @@ def write(
     title: str | None = None,
     about: str = "",
     origin: str = "",
+    facts: dict | None = None,
 ) -> Path:
     """Writes `*ForSequenceClassification` (with `score`) or `*ForCausalLM` (without).
 
@@ -249,6 +250,7 @@ def write(
       adds_bos: Beginning-of-sequence id that plain text gets in front, or None.
       dtype: float32, bfloat16 or float16.
       title, about, origin: For the model card.
+      facts: Where the weights come from, for provenance.json; None writes none.
 
     Raises:
       ValueError: on an unknown dtype, or if `out` is not empty.
@@ -333,6 +335,8 @@ def write(
                 metadata={"format": "pt"},
             )
         (partial / "config.json").write_text(json.dumps(raw, indent=2))
+        if facts is not None:
+            (partial / "provenance.json").write_text(json.dumps(facts, indent=1, default=str))
         (partial / "README.md").write_text(card)
         if out.exists():
             out.rmdir()

@@ -195,7 +195,6 @@ def import_gguf(
             # Another process may have finished the same import in the meantime.
             if not _finished(out, record):
                 raise
-    logger.info("wrote %s", out)
     return out
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxreward import presets
+from jaxreward.core import provenance
 from jaxreward.data import pairs, points, sources, tokenize
 from jaxreward.evals import pairwise, pointwise, scorer
 from jaxreward.hub import export as hub_export
@@ -244,10 +245,11 @@ def evaluate(
       name: Of the evaluation.
       batch: Rows that run at a time.
       form: "pairs" or "points".
-      corpus: Function of `data.corpora` that makes our rows of others, or "".
+      corpus: Function of `data.corpora` that makes our rows of others, with keywords behind it as
+        in "pku_saferlhf.pairs,which=safer", or "".
 
     Returns:
-      {"name", "protocol", "metrics"} as written.
+      {"name", "protocol", "environment", "metrics"} as written.
 
     Raises:
       ValueError, KeyError, FileNotFoundError: saying what does not fit.
@@ -279,6 +281,7 @@ def evaluate(
             "longer than in training": _warn_long(loaded, trees),
             **({"intervals": "95 %, prompts resampled 2000 times"} if form == "pairs" else {}),
         },
+        "environment": provenance.environment(),
         "metrics": metrics,
     }
     if output is None and checkpoint.is_workdir(model):
@@ -345,4 +348,24 @@ def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> P
             else _ABOUT[plan.head.kind]
         ),
         origin=f"Initial weights: {folder.name}. What was trained: {plan.train}.",
+        facts=_provenance(workdir),
     )
+
+
+def _provenance(workdir) -> dict:
+    """Where exported weights come from. What is exported is often published, so files go by their
+    name and content hash, and command lines stay here."""
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        step, meta = checkpoints.latest(), checkpoints.meta()
+    public = lambda made: {k: v for k, v in made.items() if k != "command"}
+    name = lambda data: {k: Path(v).name if k == "path" else v for k, v in data.items()}
+    return {
+        "exported": public(provenance.environment()),
+        "trained": {
+            "step": step,
+            "init_sha256": meta["init_sha256"],
+            # Absent in runs of older versions.
+            **{k: name(meta[k]) for k in ("data", "eval_data") if k in meta},
+            "environment": public(meta.get("environment", {})),
+        },
+    }

@@ -160,7 +160,7 @@ def run(config, workdir: str | Path) -> Path:
 
     See `train.session` for how a run goes on and for what it leaves in the workdir.
     """
-    workdir = session.enter(workdir)
+    workdir = session.enter(workdir, config.train)
     if hosts.is_writer():
         presets.save(config, workdir / "config.json")
     session.run(build(config, workdir), workdir, config.train)

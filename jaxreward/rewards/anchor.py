@@ -235,9 +235,11 @@ def _math_spans(text):
 def candidate_answers(chunks, mode="explicit", *, problem="", forced=None):
     r"""The answer that the reasoning is committed to after each chunk.
 
-    explicit: the last answer stated so far. Stated are \boxed{X}, "the answer is X" and its kin
-    (`math_answer.statements`), and "= X" at the end of a chunk. A number that merely occurs is not
-    stated, nor is "= X" where X is a number of the problem, which the reasoning may only repeat.
+    explicit: the last answer stated so far, in \boxed{X}, "the answer is X" or its kin
+    (`math_answer.statements`). Before there is any, "= X" at the end of a chunk counts too, unless
+    X is a number of the problem, which the reasoning may only repeat. After one it does not: who
+    has answered and works it out again passes through results that are no new answers. A number
+    that merely occurs never counts.
 
     forced: what a model answers when it is made to stop after each chunk. That needs a model, so
     the caller gives the function.
@@ -258,11 +260,17 @@ def candidate_answers(chunks, mode="explicit", *, problem="", forced=None):
     References: both modes are ours; LC-R1 (arXiv:2506.14755) trains an extractor instead.
     """
     if mode == "explicit":
-        given = {math_answer.canonical(n) for n in re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", problem)}
-        found = []
+        numbers = re.findall(r"\d[\d,]*(?:\.\d+)?", problem)
+        given = {math_answer.canonical(sign + number) for number in numbers for sign in ("", "-")}
+        found, answer, said = [], None, False
         for chunk in chunks:
-            answer = _stated(chunk, given)
-            found.append(answer if answer is not None else found[-1] if found else None)
+            statements = [math_answer.canonical(s[2]) for s in math_answer.statements(chunk)]
+            if any(statements):
+                said = True
+                answer = next(filter(None, reversed(statements)))
+            elif not said:
+                answer = _result(chunk, given) or answer
+            found.append(answer)
         return found
     if mode != "forced" or forced is None:
         raise ValueError(
@@ -278,18 +286,16 @@ def candidate_answers(chunks, mode="explicit", *, problem="", forced=None):
     return [None if a is None else (math_answer.canonical(a) or None) for a in answers]
 
 
-def _stated(chunk, given):
-    said = math_answer.statements(chunk)
-    line_start = chunk.rstrip().rfind("\n") + 1
-    equals = list(_EQUALS.finditer(chunk, line_start))
-    if equals and not (said and said[-1][1] > equals[-1].end()):
-        rest = re.sub(r"(?:\\[)\]]|[$.*_\s])+$", "", chunk[equals[-1].end() :])
-        rest = re.sub(r"^(?:\\[(\[]|[$*_\s])+", "", rest)
-        value = None if _GOES_ON.search(rest) else math_answer.leading_value(rest)
-        value = value and math_answer.canonical(value)
-        if value and value not in given:
-            return value
-    return (math_answer.canonical(said[-1][2]) or None) if said else None
+def _result(chunk, given):
+    """X of the "= X" that a chunk ends with, if it is not given."""
+    equals = list(_EQUALS.finditer(chunk, chunk.rstrip().rfind("\n") + 1))
+    if not equals:
+        return None
+    rest = re.sub(r"(?:\\[)\]]|[$.*_\s])+$", "", chunk[equals[-1].end() :])
+    rest = re.sub(r"^(?:\\[(\[]|[$*_\s])+", "", rest)
+    value = None if _GOES_ON.search(rest) else math_answer.leading_value(rest)
+    value = value and math_answer.canonical(value)
+    return value if value and value not in given else None
 
 
 def find_anchor(cands, final, equiv=math_answer.same, mode="stable"):

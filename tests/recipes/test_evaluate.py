@@ -8,6 +8,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,6 +121,18 @@ def test_the_export_stands_alone(exported, base, scored, tmp_path):
     assert model["pad_token_id"] == 0 and model["num_labels"] == 1
     card = (exported / "README.md").read_text()
     assert "Initial weights: base. What was trained: lora." in card
+
+
+def test_the_export_says_where_it_comes_from(exported, workdir):
+    """Catches weights nobody can trace, and a path or command of this machine that is published."""
+    text = (exported / "provenance.json").read_text()
+    facts = json.loads(text)
+    assert facts["trained"]["step"] == 4
+    assert facts["trained"]["data"]["path"] == "pairs.jsonl"
+    assert len(facts["trained"]["data"]["sha256"]) == len(facts["trained"]["init_sha256"]) == 64
+    for made in (facts["exported"], facts["trained"]["environment"]):
+        assert made["jax"] == jax.__version__ and "commit" in made and "command" not in made
+    assert str(workdir.parent) not in text
 
 
 @pytest.mark.parity

@@ -271,12 +271,22 @@ def test_what_counts_as_stated(chunk, answer):
     assert anchor.candidate_answers([chunk]) == [answer]
 
 
+def test_working_it_out_again_is_no_change_of_mind():
+    """Intermediate results after the answer would end every tail that checks step by step."""
+    chunks = ["16 - 3 = 13.", "13 - 4 = 9.", "The answer is 9.", "16 - 3 = 13.", "13 - 4 = 9."]
+    assert anchor.candidate_answers(chunks) == ["13", "9", "9", "9", "9"]
+    assert anchor.candidate_answers([*chunks, "so \\boxed{8}"])[-1] == "8"
+    assert anchor.find_anchor(anchor.candidate_answers(chunks), "9") == 1
+
+
 def test_numbers_of_the_problem_do_not_count():
     """Restating the problem ("x = 5") must not set an anchor; a box or a statement may."""
     problem = "Let x = 5 and y = 1,000. What is x?"
     assert anchor.candidate_answers(["we have x = 5."], problem=problem) == [None]
     assert anchor.candidate_answers(["we have y = 1000."], problem=problem) == [None]
     assert anchor.candidate_answers(["we have x = 6."], problem=problem) == ["6"]
+    assert anchor.candidate_answers(["so b = 3."], problem="2a-3 is b") == [None]
+    assert anchor.candidate_answers(["so b = -3."], problem="2a-3 is b") == [None]
     assert anchor.candidate_answers(["the answer is 5."], problem=problem) == ["5"]
     assert anchor.candidate_answers(["\\boxed{5}"], problem=problem) == ["5"]
 
@@ -297,6 +307,14 @@ def test_forced_candidates():
         anchor.candidate_answers(["a"], "forced")
     with pytest.raises(ValueError, match="received mode 'extractor'"):
         anchor.candidate_answers(["a"], "extractor")
+
+
+def test_forced_candidates_show_an_answer_that_is_held_back():
+    """Stating the answer late moves the explicit anchor and saves nothing; an audit sees it."""
+    chunks = ["It must be five. ", "Let us look around. ", "So the answer is 5."]
+    forced = lambda prefixes: ["5"] * len(prefixes)
+    assert anchor.find_anchor(anchor.candidate_answers(chunks), "5") == 2
+    assert anchor.find_anchor(anchor.candidate_answers(chunks, "forced", forced=forced), "5") == 0
 
 
 # --- anchors and tails

@@ -142,6 +142,8 @@ def test_short_chunks_join_the_next():
     text = "So.\n\nOk.\n\nthe sum is written down here.\n\nFine." + OUT
     assert cut(text, min_tokens=16).chunks == [text[: text.index("</think>")]]
     assert len(cut(text, min_tokens=1).chunks) == 4
+    assert len(cut("12345678\n\n12345678" + OUT, min_tokens=10).chunks) == 1
+    assert len(cut("12345678\n\n1234567890" + OUT, min_tokens=10).chunks) == 2
     assert cut(text, min_tokens=10**6).ends == [text.index("</think>")]
 
 
@@ -174,6 +176,12 @@ def test_a_token_over_a_cut():
     assert anchor.segment(text, spans, min_tokens=1).ends == [3, 5]
     spans = [(0, 2), (2, 9), (9, 10), (10, 12), (12, 16), (16, 20), (20, 28), (28, 29)]
     assert anchor.segment(text, spans, min_tokens=1).ends == [4, 6]
+    # A token over the cut belongs to the chunk whose last character it holds.
+    spans = [(0, 2), (2, 12), (12, 16), (16, 21), (21, 27), (27, 28)]
+    parts = anchor.segment(
+        "it is = 5. Wait, no!</think>", [*spans[:3], (16, 20), (20, 28)], min_tokens=1
+    )
+    assert parts.ends == [2, 4]
     # " Wait" with the space in front begins the next chunk; "no</" is no part of the tail.
     text = "it is = 5. Wait, no</think>5"
     spans = [(0, 2), (2, 10), (10, 15), (15, 16), (16, 21), (21, 27), (27, 28)]
@@ -384,6 +392,7 @@ def test_apr_by_hand():
     assert (got["tokens"], got["in_tokens"]) == (len(text.encode()), 1)
     free = grade(text, grace=10**4)
     assert free["reward"] == 1 and free["charged"] == 0 and free["tail"] == got["tail"]
+    assert (free["pre"], free["rho"], free["tau"]) == (got["pre"], got["rho"], think)
 
 
 @pytest.mark.parametrize("kind", ["ratio", "tokens"])
@@ -618,8 +627,8 @@ def test_the_text_reward_is_the_formula():
 
 # --- baselines on whole lengths
 
-LENGTHS = np.float32([100, 50, 10, 200])
-RIGHT = np.float32([1, 1, 0, 1])
+LENGTHS = np.int32([100, 50, 500, 200])
+RIGHT = np.array([True, True, False, True])
 
 
 @pytest.mark.parametrize(

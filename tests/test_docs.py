@@ -223,8 +223,9 @@ def in_package(name):
             continue
         if found:
             module = importlib.import_module(f"jaxreward.{name}")
-            whole = importlib.util.find_spec(f"jaxreward.{name}.{attribute}")
-            return hasattr(module, attribute) or whole is not None
+            if hasattr(module, attribute) or not hasattr(module, "__path__"):
+                return hasattr(module, attribute)
+            return importlib.util.find_spec(f"jaxreward.{name}.{attribute}") is not None
     return False
 
 

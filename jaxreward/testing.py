@@ -115,7 +115,7 @@ def synthetic_problems(count: int, *, seed: int = 0) -> list[dict]:
     made = []
     for i in range(count):
         a, b = rng.randrange(10), rng.randrange(10)
-        extra = {"answer": str(a + b)}
+        extra = {"answer": str(a + b), "label": "AB"[(a + b) % 2]}  # a letter, for judges
         made.append({"id": f"sum-{i}", "prompt": f"{a} + {b} = ?", "extra": extra})
     return made
 

@@ -17,6 +17,7 @@ import warnings
 
 import numpy as np
 
+from jaxreward.data.formats import Bad
 from jaxreward.rewards import verdict
 
 _OTHER = {"chosen": "rejected", "rejected": "chosen"}
@@ -191,6 +192,43 @@ def rows(pairs, *, seed, both=False, layout=reasoned, **kw):
     return made
 
 
+def completion(record, *, seed, stage="text"):
+    """One pair with a rationale as a conversation that teaches a judge its form.
+
+    Args:
+      record: Of `sources.read_pairs`, with a rationale as `completions` describes it.
+      seed, stage: As `completions`.
+
+    Returns:
+      dict(id, prompt, completion).
+
+    Raises:
+      Bad: without a rationale, or with one that could not be read back.
+      ValueError: for a rationale of another form or a missing task_type, naming the pair.
+    """
+    extra = record.get("extra", {})
+    if not extra.get("rationale"):
+        raise Bad("no rationale")
+    first, think = _rationale(record, first_of(record, seed))
+    asked = row(record, first, stage=stage)
+    task = verdict.task_name(str(asked.get("task_type")))
+    if stage != "text" and task not in verdict.TASKS:
+        raise ValueError(
+            f"pair {record['id']!r}: stage {stage!r} needs a field task_type, one of "
+            f"{', '.join(verdict.TASKS)}; received {asked.get('task_type')!r}"
+        )
+    try:
+        text = verdict.render(
+            asked["label"],
+            think,
+            task=None if stage == "text" else task,
+            caption=extra.get("caption") if stage == "media" else None,
+        )
+    except ValueError:
+        raise Bad("a rationale or caption that is empty or holds a tag of the form") from None
+    return {"id": record["id"], "prompt": asked["prompt"], "completion": text}
+
+
 def completions(pairs, *, seed, stage="text"):
     """Pairs with rationales as conversations that teach a judge its form.
 
@@ -213,30 +251,10 @@ def completions(pairs, *, seed, stage="text"):
     """
     made, skipped = [], {}
     for record in pairs:
-        extra = record.get("extra", {})
-        if not extra.get("rationale"):
-            skipped["no rationale"] = skipped.get("no rationale", 0) + 1
-            continue
-        first, think = _rationale(record, first_of(record, seed))
-        asked = row(record, first, stage=stage)
-        task = verdict.task_name(str(asked.get("task_type")))
-        if stage != "text" and task not in verdict.TASKS:
-            raise ValueError(
-                f"pair {record['id']!r}: stage {stage!r} needs a field task_type, one of "
-                f"{', '.join(verdict.TASKS)}; received {asked.get('task_type')!r}"
-            )
         try:
-            completion = verdict.render(
-                asked["label"],
-                think,
-                task=None if stage == "text" else task,
-                caption=extra.get("caption") if stage == "media" else None,
-            )
-        except ValueError:
-            reason = "a rationale or caption that is empty or holds a tag of the form"
-            skipped[reason] = skipped.get(reason, 0) + 1
-            continue
-        made.append({"id": record["id"], "prompt": asked["prompt"], "completion": completion})
+            made.append(completion(record, seed=seed, stage=stage))
+        except Bad as bad:
+            skipped[bad.reason] = skipped.get(bad.reason, 0) + 1
     read = len(made) + sum(skipped.values())
     counts = "; ".join(f"{reason} ({count})" for reason, count in skipped.items())
     if not made:

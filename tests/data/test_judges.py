@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from jaxreward.data import conversations, judges, sources
+from jaxreward.core.resolve import resolve_words
+from jaxreward.data import conversations, judges, prompts, sources
 from jaxreward.data.corpora import gram
+from jaxreward.data.corpora import judged as corpus
 from jaxreward.rewards import verdict
 
 
@@ -322,3 +324,122 @@ def test_gram_rows_that_cannot_be_used_are_named(tmp_path, row, text):
     """Catches text of one answer that ends up in the other, or a guess at the preference."""
     with pytest.raises(ValueError, match=text):
         read(tmp_path, row)
+
+
+HELPSTEER3 = {
+    "context": "Name a prime.",
+    "response1": "Seven.",
+    "response2": "Nine.",
+    "overall_preference": -2,
+    "domain": "general",
+    "individual_preference": [
+        {"score": -2, "reasoning": "@Response 1 is right.", "feedback1": "Yes.", "feedback2": "No."}
+    ],
+}
+
+
+def judged(tmp_path, text, *rows, reader=prompts.read, **kw):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return reader(path, corpus=resolve_words("data.corpora", text), **kw)[0]
+
+
+def test_a_corpus_of_judge_prompts(tmp_path):
+    """Catches an order that is not the drawn one, and fields that do not reach the reward."""
+    rows = [{**HELPSTEER3, "id": f"p{n}"} for n in range(12)]
+    made = judged(tmp_path, "judged.prompts,source=helpsteer3.pairs,seed=3", *rows)
+    pairs = [pair(n, subset="general") for n in range(12)]
+    want = judges.rows(pairs, seed=3)
+    assert [{"id": r["id"], "prompt": r["prompt"], **r["extra"]} for r in made] == want
+    assert {r["extra"]["label"] for r in made} == {"A", "B"}
+    for record in made:
+        graded = verdict.agreement(
+            "", f"<answer>{record['extra']['label']}</answer>", record["extra"]
+        )
+        assert graded["accuracy"] == 1
+
+
+def test_a_corpus_of_both_orders(tmp_path):
+    """Catches a second order under the id of the first."""
+    made = judged(tmp_path, "judged.prompts,both=1", *PAIRS[:2])
+    assert [r["id"] for r in made] == ["p0:1", "p0:2", "p1:1", "p1:2"]
+    assert [r["extra"]["pair"] for r in made] == ["p0", "p0", "p1", "p1"]
+    # Written and read again, with a source that could not read them: they pass.
+    rows = judges.rows(PAIRS[:2], seed=0, both=True)
+    assert judged(tmp_path, "judged.prompts,source=gram.pairs", *rows) == made
+    with pytest.raises(ValueError, match=r"rows\.jsonl:5:label: is no row of judges\.row"):
+        judged(tmp_path, "judged.prompts", *rows, PAIRS[0])
+
+
+def test_one_order_a_pair_is_held_out_whole(tmp_path):
+    """Catches a pair on both sides of the split."""
+    made = judged(tmp_path, "judged.prompts", *PAIRS[:100], pair(0))
+    train, held = sources.by_prompt(made, 0.3, 0)
+    assert held and not {r["id"] for r in train} & {r["id"] for r in held}
+
+
+def test_a_corpus_of_judge_completions(tmp_path):
+    """Catches a letter or a rationale of the other answer; what has none is named and counted."""
+    read = conversations.read
+    rows = [{**HELPSTEER3, "id": f"p{n}"} for n in range(6)]
+    text = "judged.completions,source=helpsteer3.pairs"
+    made = judged(tmp_path, text, *rows, reader=read)
+    asked = judges.rows([pair(n) for n in range(6)], seed=0)
+    for record, want in zip(made, asked, strict=True):
+        said = verdict.parse(record["completion"])
+        assert (record["id"], record["prompt"]) == (want["id"], want["prompt"])
+        assert said.fault is None and said.verdict == want["label"]
+        assert f"Response {want['label']}: Yes." in said.blocks["think"]
+    tie = {**HELPSTEER3, "overall_preference": 0}
+    bare = {**HELPSTEER3, "individual_preference": []}
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2:overall_preference: tie"):
+        judged(tmp_path, text, HELPSTEER3, tie, reader=read)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: no rationale"):
+        judged(tmp_path, text, bare, reader=read)
+    with pytest.warns(UserWarning, match=r"skipped 2 of 3 .* tie \(1\); no rationale \(1\)"):
+        judged(tmp_path, text, HELPSTEER3, tie, bare, reader=read, on_bad="skip")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: pair 'p0': rationale must be"):
+        judged(tmp_path, "judged.completions", {**PAIRS[0], "rationale": 3}, reader=read)
+
+
+def test_every_source_is_the_corpus_of_its_name():
+    """Catches a name that stands for another corpus."""
+    for name, function in corpus.SOURCES.items():
+        assert resolve_words("data.corpora", name).func is function
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        ("judged.prompts,source=gram", KeyError, "no source 'gram'; sources: gram.pairs, helpst"),
+        ("judged.prompts,both=2", ValueError, "both must be 0 or 1; received 2"),
+        ("judged.prompts,stage=video", ValueError, "stage must be one of text, caption, media"),
+        ("judged.prompts,which=safer", ValueError, "does not take which, and no source is named"),
+        ("judged.completions,source=gram.pairs,which=x", ValueError, "source gram.pairs .*'which'"),
+    ],
+)
+def test_words_that_a_corpus_does_not_know(text, error, says, tmp_path):
+    """Catches a misspelt word that leaves the pairs as they are."""
+    with pytest.raises(error, match=says):
+        judged(tmp_path, text, PAIRS[0])
+
+
+def test_keywords_reach_the_source(tmp_path):
+    """Catches a word that stops at the judge: here, which answer is the better one."""
+    row = {
+        "prompt": "Name a prime.",
+        "response_0": "Seven.",
+        "response_1": "Nine.",
+        "better_response_id": 0,
+        "safer_response_id": 1,
+        "is_response_0_safe": True,
+        "is_response_1_safe": True,
+    }
+    made = [
+        judged(tmp_path, f"judged.prompts,source=pku_saferlhf.pairs{more}", row)[0]
+        for more in ("", ",which=safer")
+    ]
+    # The same draw, so the better answer is shown in the same place, and it is another answer.
+    assert made[0]["extra"]["label"] == made[1]["extra"]["label"]
+    a = [m["prompt"].index("Seven.") < m["prompt"].index("Nine.") for m in made]
+    assert a[0] != a[1]

@@ -47,6 +47,14 @@ def test_by_hand():
     }
 
 
+def test_right_answers_without_an_anchor_have_no_lengths_before_it():
+    """Their tail of 0 would make a model look cured that only stopped saying its answer."""
+    silent = "let us see what that may be, by looking at it\n\n" + OUT
+    got = run([sample(FIRST + AGAIN + OUT), sample(silent), sample(silent)])
+    assert got["tail"] == len(AGAIN) and got["pre_anchor"] == len(FIRST)
+    assert got["accuracy"] == 1.0 and got["no_anchor"] == pytest.approx(2 / 3)
+
+
 def test_problems_count_once():
     """A problem that was answered more often must not count more."""
     good, bad = FIRST + OUT, FIRST + "</think>7"

@@ -98,7 +98,7 @@ def problems(kind, *, count, seed):
         raise ValueError(f"kind {kind} has {len(known)} distinct problems; count is {count}")
     rng = random.Random(seed)
     made = []
-    for key in rng.sample(sorted(known), count):
+    for key in rng.sample(list(known), count):
         expression = rng.choice(known[key])
         text, value = _steps(expression)
         made.append(

@@ -10,6 +10,7 @@ from jaxreward import overrides, presets
 
 SECTIONS = {"seed", "recipe", "models", "data", "losses", "optim", "mesh", "train", "evals"}
 MORE = {"online_rl": {"rollouts", "rewards", "advantages"}}  # sections of a recipe of its own
+STAGED = {"seed", "recipe", "stages"}  # all else is in the configs that it names
 # What `:smoke` may change: sizes, steps and the data's path. Written out here and not taken from
 # presets, so that widening it there fails here.
 SMOKE_MAY_CHANGE = (
@@ -31,6 +32,7 @@ SMOKE_MAY_CHANGE = (
     "train.save_every",
     "train.eval_every",
     "train.microbatches",
+    "stages.*.config",
 )
 NAMES = sorted(presets.shipped())
 
@@ -46,6 +48,10 @@ def test_there_are_shipped_configs():
 def test_it_has_the_fixed_sections_and_named_functions(name):
     """Catches a section of another name, and losses or evaluators without a function."""
     config = presets.load(name)
+    if config.recipe == "staged":
+        assert set(config) == STAGED
+        assert all(set(stage) == {"config", "overrides"} for stage in config.stages.values())
+        return
     assert set(config) == SECTIONS | MORE.get(config.recipe, set())
     assert re.fullmatch(r"[a-z][a-z0-9_]*", config.recipe)
     assert set(config.mesh) == {"data", "fsdp", "context", "expert", "tensor"}
@@ -70,6 +76,10 @@ def test_smoke_is_the_same_run_at_toy_size(name):
 def test_smoke_needs_no_files_and_few_steps(name):
     """Catches a config that forgets to call presets.smoke."""
     config = presets.load(f"{name}:smoke")
+    if config.recipe == "staged":
+        whole = presets.load(name).stages
+        assert all(config.stages[k].config == f"{v.config}:smoke" for k, v in whole.items())
+        return
     assert config.data.path == "synthetic" and config.data.eval_path == ""
     assert all(model.init == "tiny" for model in config.models.values())
     assert 0 < config.train.steps <= 4

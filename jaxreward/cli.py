@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -20,18 +19,6 @@ from jaxreward.core.resolve import near, resolve, resolve_words
 from jaxreward.train import writers
 
 STOPPED = "JAXREWARD_STOPPED_EXIT"
-# Keys of a config that may differ from those of the run being resumed: they change when something
-# is written or given up, not what is computed. train.steps may grow as well.
-_MAY_CHANGE = tuple(
-    f"train.{key}"
-    for key in (
-        *("log_every", "save_every", "eval_every", "keep", "max_skipped"),
-        *("tensorboard", "wandb", "profile_from", "profile_steps"),
-    )
-)
-# What runs did before a key was there, where it is not nothing; and keys that are there no more.
-_BEFORE = {"data.form": "pairs"}
-_GONE = ("data.source",)
 
 
 class UsageError(Exception):
@@ -43,7 +30,7 @@ class UsageError(Exception):
 
 def train(args):
     """Train what a config says, or resume the run that the workdir holds."""
-    from jaxreward import presets
+    from jaxreward import overrides, presets
 
     with _usage():
         code = _stopped_code()
@@ -68,7 +55,7 @@ def train(args):
         path = args.workdir / "config.json"
         fresh = not path.exists()
         changed = {} if fresh else presets.diff(presets.read(path), config)
-        _check_resume(path, changed)
+        overrides.check_resume(path, changed)
     _start()
     # Not above: they import jax, which the recipe has done by now.
     from jaxreward.parallel import hosts
@@ -439,42 +426,6 @@ def _stopped_code():
     if not text.isdigit() or int(text) > 125:
         raise ValueError(f"{STOPPED}: expected an exit code from 0 to 125, got {text!r}")
     return int(text)
-
-
-def _check_resume(path, changed):
-    """Refuses to go on with a run under another config than the one it was started with."""
-    from jaxreward import overrides, presets
-
-    refused = {}
-    for key, (old, new) in changed.items():
-        # 0 steps means "by epochs", which is no number to compare with.
-        counts = isinstance(old, int) and isinstance(new, int)
-        longer = key == "train.steps" and counts and 0 < old < new
-        # A key that is newer than the run, at the value that stands for how it was before; or one
-        # that has gone since, and had one value only.
-        neutral = old == presets.ABSENT and (not new or new in ("none", _BEFORE.get(key)))
-        if key not in (*_MAY_CHANGE, *_GONE) and not longer and not neutral:
-            refused[key] = (old, new)
-    if not refused:
-        return
-    lines = [
-        f"  {key}: {overrides.spell(old)} there, {overrides.spell(new)} now"
-        for key, (old, new) in refused.items()
-    ]
-    flags = [
-        shlex.quote(f"--config.{key}={overrides.spell(old)}")
-        for key, (old, new) in refused.items()
-        if presets.ABSENT not in (old, new)
-    ]
-    remedy = "use another --workdir"
-    if flags:
-        remedy += f", or the old values: {' '.join(flags)}"
-    free = ", ".join(_MAY_CHANGE)
-    raise ValueError(
-        f"{path} is of a run with another config:\n"
-        + "\n".join(lines)
-        + f"\n{remedy}\n(a resumed run may change {free}, and raise train.steps)"
-    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""Values of a config from text: "section.key=value" read by the type of what stands there.
+"""Values of a config from text, "section.key=value" read by the type of what stands there; and what
+a resumed run may change.
 
 `config_flags` reads the command line of the process even for a private FlagValues, and so cannot be
 called from a notebook or a test; hence this.
@@ -7,10 +8,26 @@ called from a notebook or a test; hence this.
 import ast
 import math
 import re
+import shlex
 
 from ml_collections import ConfigDict
 
 from jaxreward.core.resolve import near
+
+# What `presets.diff` shows where one of two configs has no such key.
+ABSENT = "(absent)"
+# Keys of a config that may differ from those of the run being resumed: they change when something
+# is written or given up, not what is computed. train.steps may grow as well.
+MAY_CHANGE = tuple(
+    f"train.{key}"
+    for key in (
+        *("log_every", "save_every", "eval_every", "keep", "max_skipped"),
+        *("tensorboard", "wandb", "profile_from", "profile_steps"),
+    )
+)
+# What runs did before a key was there, where it is not nothing; and keys that are there no more.
+_BEFORE = {"data.form": "pairs"}
+_GONE = ("data.source",)
 
 
 def override(config, key, text):
@@ -157,3 +174,45 @@ def spell(value):
     if value is None:
         return "none"
     return value if isinstance(value, str) else repr(value)
+
+
+def check_resume(path, changed):
+    """Refuses to go on with a run under another config than the one it was started with.
+
+    Args:
+      path: Where the config of the run is.
+      changed: {key: (value there, value now)}, from `presets.diff`.
+
+    Raises:
+      ValueError: listing what has changed and may not, with the flags that put it back.
+    """
+
+    refused = {}
+    for key, (old, new) in changed.items():
+        # 0 steps means "by epochs", which is no number to compare with.
+        counts = isinstance(old, int) and isinstance(new, int)
+        longer = key == "train.steps" and counts and 0 < old < new
+        # A key that is newer than the run, at the value that stands for how it was before; or one
+        # that has gone since, and had one value only.
+        neutral = old == ABSENT and (not new or new in ("none", _BEFORE.get(key)))
+        if key not in (*MAY_CHANGE, *_GONE) and not longer and not neutral:
+            refused[key] = (old, new)
+    if not refused:
+        return
+    lines = [
+        f"  {key}: {spell(old)} there, {spell(new)} now" for key, (old, new) in refused.items()
+    ]
+    flags = [
+        shlex.quote(f"--config.{key}={spell(old)}")
+        for key, (old, new) in refused.items()
+        if ABSENT not in (old, new)
+    ]
+    remedy = "use another --workdir"
+    if flags:
+        remedy += f", or the old values: {' '.join(flags)}"
+    free = ", ".join(MAY_CHANGE)
+    raise ValueError(
+        f"{path} is of a run with another config:\n"
+        + "\n".join(lines)
+        + f"\n{remedy}\n(a resumed run may change {free}, and raise train.steps)"
+    )

@@ -27,11 +27,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxreward.core.resolve import near
-from jaxreward.overrides import override, parse
-
-# What `diff` shows where one of the two configs has no such key.
-ABSENT = "(absent)"
-
+from jaxreward.overrides import ABSENT, override, parse
 
 # Fragments
 

@@ -17,7 +17,7 @@ from jaxreward.data import conversations, points, sources
 REPO = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))]
 SHORT = ("configs", "add_a_model", "add_a_paper", "from_trl", "data")
-SECTIONS = "models|data|losses|optim|mesh|train|evals|rollouts|rewards|advantages"
+SECTIONS = "models|data|losses|optim|mesh|train|evals|rollouts|rewards|advantages|stages"
 
 every_page = pytest.mark.parametrize("name", PAGES)
 
@@ -44,7 +44,7 @@ def keys(name):
 
 def any_name(key):
     """`losses.bt.fn` and `evals.gaps.fn` as the names of losses and evaluators are: free."""
-    key = re.sub(r"^(losses|evals|models|rewards)\.[\w*]+", r"\1.*", key)
+    key = re.sub(r"^(losses|evals|models|rewards|stages)\.[\w*]+", r"\1.*", key)
     return re.sub(r"(\.weights)\.\w+", r"\1", key)
 
 
@@ -113,7 +113,7 @@ def test_the_rules_of_resuming_are_those_of_the_command():
     """Catches a page that promises, or hides, that a key may change."""
     part = read("docs/configs.md").partition("## Resuming")[2]
     named = set(re.findall(rf"`((?:{SECTIONS})\.[\w.]+)`", part))
-    assert named == {*cli._MAY_CHANGE, "train.steps", "models.policy.init"}
+    assert named == {*overrides.MAY_CHANGE, "train.steps", "models.policy.init"}
 
 
 def test_the_quoted_refusal_is_what_the_command_says():
@@ -169,7 +169,7 @@ def test_the_table_of_data_sets_is_complete():
     found = set()
     for path in (REPO / "jaxreward/data/corpora").glob("[a-z]*.py"):
         module = importlib.import_module(f"jaxreward.data.corpora.{path.stem}")
-        kinds = ("pairs", "points", "completions")
+        kinds = ("pairs", "points", "prompts", "completions")
         found |= {f"{path.stem}.{kind}" for kind in kinds if hasattr(module, kind)}
     assert {bare(row[0]) for row in table("docs/data.md", "`data.corpus`")} == found
 

@@ -35,7 +35,8 @@ OURS = {
     "agents": _MIDDLE,
     "report": _MIDDLE,
     "evals": _MIDDLE | {"train.checkpoint"},
-    "recipes": _MIDDLE | {"train", "hub", "agents", "report", "evals", "presets", "testing"},
+    "recipes": _MIDDLE
+    | {"train", "hub", "agents", "report", "evals", "presets", "overrides", "testing"},
     "presets": _LOW | {"overrides"},
     "overrides": {"core"},
     "testing": _LOW,

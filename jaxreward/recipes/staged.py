@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from jaxreward import presets
+from jaxreward import overrides, presets
 from jaxreward.core.resolve import resolve
 from jaxreward.hub import load
 from jaxreward.models import trainable
@@ -76,14 +76,11 @@ def configs(config, workdir: str | Path) -> dict:
 def _check(name, config, workdir):
     """Refuses a stage that was started with another config."""
     path = workdir / "config.json"
-    changed = presets.diff(presets.read(path), config) if path.is_file() else {}
-    if changed:
-        lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items()]
-        raise ValueError(
-            f"stage {name}: {path} is of a run with another config:\n"
-            + "\n".join(lines)
-            + "\nuse another --workdir, or the old values"
-        )
+    if path.is_file():
+        try:
+            overrides.check_resume(path, presets.diff(presets.read(path), config))
+        except ValueError as error:
+            raise ValueError(f"stage {name}: {error}") from error
 
 
 def run(config, workdir: str | Path) -> Path:

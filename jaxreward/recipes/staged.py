@@ -74,13 +74,23 @@ def configs(config, workdir: str | Path) -> dict:
 
 
 def _check(name, config, workdir):
-    """Refuses a stage that was started with another config."""
+    """Refuses a stage that has saved anything under another config."""
     path = workdir / "config.json"
-    if path.is_file():
-        try:
-            overrides.check_resume(path, presets.diff(presets.read(path), config))
-        except ValueError as error:
-            raise ValueError(f"stage {name}: {error}") from error
+    if not any((workdir / "checkpoints").glob("*")):
+        return  # it failed before it did anything, perhaps for what was wrong in its config
+    changed = presets.diff(presets.read(path), config)
+    try:
+        overrides.check_resume(path, changed)
+    except ValueError as error:
+        raise ValueError(
+            f"stage {name}: {error}\n(values of a stage go into config.stages.{name}.overrides, as "
+            "strings without the --config.)"
+        ) from error
+    if "train.steps" in changed and (workdir / "export").is_dir():
+        raise ValueError(
+            f"stage {name} has ended, and the next one starts from {workdir / 'export'}: its "
+            "train.steps cannot be raised any more; use another --workdir"
+        )
 
 
 def run(config, workdir: str | Path) -> Path:

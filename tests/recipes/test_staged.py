@@ -66,12 +66,28 @@ def test_a_changed_stage_is_refused(tmp_path):
     """Catches a stage that goes on under another config, also one that has not been reached."""
     made = config(("sft/chat:smoke",), ("sft/chat:smoke",))
     stages = staged.configs(made, tmp_path)
-    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "checkpoints" / "2").mkdir(parents=True)
     presets.save(stages["2"], tmp_path / "2" / "config.json")
     changed = config(("sft/chat:smoke",), ("sft/chat:smoke", "optim.lr=0.5"))
     with pytest.raises(ValueError, match=r"stage 2: .*\n  optim\.lr: 1e-05 there, 0\.5 now"):
         staged.run(changed, tmp_path)
     assert not (tmp_path / "1").exists()
+    longer = config(("sft/chat:smoke",), ("sft/chat:smoke", "train.steps=9"))
+    (tmp_path / "2" / "export").mkdir()
+    with pytest.raises(ValueError, match=r"stage 2 has ended.*train\.steps cannot be raised"):
+        staged.run(longer, tmp_path)
+
+
+def test_a_stage_that_failed_before_it_did_anything_may_change(tiny_folder, tmp_path, monkeypatch):
+    """Catches a mistyped path that a workdir is held to for ever."""
+    stage = ("sft/chat:smoke", f"models.policy.init=hf:{tiny_folder}")
+    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
+        staged.run(config((*stage, "data.path=absent.jsonl")), tmp_path)
+    assert (tmp_path / "1" / "config.json").is_file()
+    ran = []
+    monkeypatch.setattr(sft, "run", lambda config, workdir: ran.append((config, workdir)))
+    staged.run(config(stage), tmp_path)
+    assert [(c.data.path, folder) for c, folder in ran] == [("synthetic", tmp_path / "1")]
 
 
 @pytest.mark.slow

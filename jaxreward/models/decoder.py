@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from jaxreward.core.types import Array, Rows
 from jaxreward.models import attention, lora
@@ -124,20 +124,25 @@ class Cache:
     """Keys and values of past tokens.
 
     Attributes:
-      k, v: [L, B, K, S, H] in the compute dtype: the layout that attention reads.
+      k, v: [L, B, K, S, H]: the layout that attention reads. They are read in the compute dtype
+        and may be held in a smaller one; bfloat16 is held as its bits, uint16.
       segments: Segment of each slot, int32[B, S]; 0 = empty.
       positions: Position in the text of each slot, int32[B, S].
       length: Slots filled so far, the same in every row, int32[].
       trunk: Cache of P prompts that B / P consecutive rows each go on from, or None. It is read,
         never copied or written.
+      ring: A token that follows the last slot goes to the first again, and whatever a slot holds
+        is in the past. Rows at different lengths can then share one place of writing: segment 0
+        hides what a row must not see.
     """
 
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
+    k: Num[Array, "L B K S H"]
+    v: Num[Array, "L B K S H"]
     segments: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
     trunk: "Cache | None" = None
+    ring: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
@@ -301,12 +306,24 @@ def block(w: PyTree, cfg: Config, x, *, turn, see, rules=None, cached=None, trun
     return constrain(x, ("batch", "length", "act_embed"), rules)
 
 
-def empty_cache(cfg: Config, batch: int, slots: int, *, trunk: Cache | None = None) -> Cache:
-    """A cache of `slots` empty slots for `batch` rows, which may go on from shared prompts."""
+def empty_cache(
+    cfg: Config,
+    batch: int,
+    slots: int,
+    *,
+    trunk: Cache | None = None,
+    dtype: str | None = None,
+    ring: bool = False,
+) -> Cache:
+    """A cache of `slots` empty slots for `batch` rows, which may go on from shared prompts.
+
+    `dtype` is that of keys and values, the compute dtype unless given; `ring` as in `Cache`.
+    """
     shape = (cfg.depth, batch, cfg.kv_heads, slots, cfg.head_dim)
-    zeros = jnp.zeros(shape, cfg.compute)
+    dtype = jnp.dtype(dtype or cfg.compute)
+    zeros = jnp.zeros(shape, jnp.uint16 if dtype == jnp.bfloat16 else dtype)
     none = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(zeros, zeros, none, none, jnp.zeros((), jnp.int32), trunk)
+    return Cache(zeros, zeros, none, none, jnp.zeros((), jnp.int32), trunk, ring)
 
 
 def backbone(
@@ -337,12 +354,15 @@ def backbone(
       Hidden states [B,T,D] and the grown cache.
 
     Raises:
-      ValueError: if `layer_xs` is given, or positions have more than one axis.
+      ValueError: if `layer_xs` is given, positions have more than one axis, or several tokens a
+        row are given with a cache that is a ring.
     """
     if layer_xs is not None:
         raise ValueError("this decoder takes no per-layer inputs; leave layer_xs at None")
     if positions.shape[-1] != 1:
         raise ValueError(f"this decoder has one rotary axis; positions have {positions.shape[-1]}")
+    if cache is not None and cache.ring and x.shape[1] != 1:
+        raise ValueError(f"a ring takes one token a row at a time; received {x.shape[1]}")
     places = positions[..., 0]
     turn, windowed_turn = _turns(cfg, places)
     one_layer = block_specs(cfg)
@@ -413,14 +433,16 @@ def _cheap(cfg):
 
 
 def _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache):
-    start = cache.length
+    start, slots = cache.length, cache.segments.shape[1]
+    # The order of the one query: in a ring, after every slot.
+    offset = slots - 1 if cache.ring else start
     key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, start))
     key_places = jax.lax.dynamic_update_slice(cache.positions, places, (0, start))
 
     def sight(window=0):
         where = dict(positions=places, key_positions=key_places) if window else {}
         return attention.sight(
-            segments, trunk, key_segments, offset=start, mask=cfg.mask, window=window, **where
+            segments, trunk, key_segments, offset=offset, mask=cfg.mask, window=window, **where
         )
 
     def trunk_sight(window=0):
@@ -428,39 +450,55 @@ def _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache):
         return attention.shared_sight(places, prompts.segments > 0, prompts.positions, window)
 
     looks = _looks(cfg, sight)
-    shared = None
-    if cache.trunk is not None:
-        shared = {"k": cache.trunk.k, "v": cache.trunk.v}
+    prompt = () if cache.trunk is None else (cache.trunk.k, cache.trunk.v)
+    if prompt:
         trunk_looks = _looks(cfg, trunk_sight)
 
-    def one(carry, leaf, prompt, i):
-        x, ks, vs = carry
+    def one(carry, leaf, i):
+        x, own, prompt = carry
+        read = lambda kv: tuple(_unpacked(y[i]).astype(x.dtype) for y in kv)
+        trunk_kv = (*read(prompt), trunk_looks(leaf)) if prompt else None
         new = []
-        trunk_kv = None
-        if prompt is not None:
-            trunk_kv = (prompt["k"], prompt["v"], trunk_looks(leaf))
 
-        def cached(k, v):
+        def cached(*kv):
             # Written into the stacked buffers, which XLA updates in place inside a loop.
             at = (i, 0, 0, start, 0)
-            new.append(jax.lax.dynamic_update_slice(ks, k[None].astype(ks.dtype), at))
-            new.append(jax.lax.dynamic_update_slice(vs, v[None].astype(vs.dtype), at))
-            return new[0][i], new[1][i]
+            new.extend(
+                jax.lax.dynamic_update_slice(old, _packed(x, old.dtype)[None], at)
+                for old, x in zip(own, kv)
+            )
+            return read(new)
 
         x = layer(x, leaf, looks(leaf), cached, trunk_kv)
-        return (x, *new)
+        return x, tuple(new), prompt
 
-    carry = (x, cache.k, cache.v)
+    # The prompt is carried although it stays as it is: a caller can then change it in place.
+    carry = x, (cache.k, cache.v), prompt
     if cfg.scan:
         carry, _ = jax.lax.scan(
-            lambda c, xs: (one(c, *xs), None), carry, (stacked, shared, jnp.arange(cfg.depth))
+            lambda c, xs: (one(c, *xs), None), carry, (stacked, jnp.arange(cfg.depth))
         )
     else:
         for i in range(cfg.depth):
-            carry = one(carry, *jax.tree.map(lambda a: a[i], (stacked, shared)), i)
-    x, ks, vs = carry
+            carry = one(carry, jax.tree.map(lambda a: a[i], stacked), i)
+    x, (ks, vs), prompt = carry
+    if prompt:
+        prompt = cache.trunk.replace(k=prompt[0], v=prompt[1])
     length = start + segments.shape[1]
-    return x, Cache(ks, vs, key_segments, key_places, length, cache.trunk)
+    if cache.ring:
+        length = length % slots
+    return x, Cache(ks, vs, key_segments, key_places, length, prompt or None, cache.ring)
+
+
+def _packed(x, dtype):
+    # XLA:CPU updates a bfloat16 buffer by way of a float32 copy of all of it; not so its bits.
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(dtype)
+
+
+def _unpacked(x):
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 def head_matrix(params: PyTree, cfg: Config) -> Float[Array, "D V"]:

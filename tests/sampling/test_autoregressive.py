@@ -1,11 +1,13 @@
-"""Sampling in one loop: the same answers alone, in a batch, shared, sharded or forced."""
+"""Sampling in one loop: the same answers alone, in a batch, shared, refilled, sharded or forced."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from jaxreward.core.types import Rows
 from jaxreward.models import decoder
@@ -13,8 +15,9 @@ from jaxreward.parallel import specs as sp
 from jaxreward.parallel.mesh import make_mesh
 from jaxreward.parallel.rules import Rules
 from jaxreward.sampling import autoregressive
-from jaxreward.sampling.choose import Greedy, Temperature
+from jaxreward.sampling.choose import Filtered, Greedy, Temperature
 from jaxreward.testing import tiny_config
+from jaxreward.train import plan
 
 CFG = tiny_config(vocab=300)  # more than one block of the two-level draw
 MAX_NEW = 6
@@ -24,17 +27,21 @@ PROMPTS = [RNG.integers(0, CFG.vocab, n) for n in (5, 3, 6, 1)]
 HOT = Temperature(1.5)
 
 
-@pytest.fixture(scope="module")
-def params():
-    """Weights large enough that the prompt decides the answer, and logits are far from equal."""
+def weights(cfg):
+    """Large enough that the prompt decides the answer, and logits are far from equal."""
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda p: jnp.asarray(
             np.ones(p.shape) if p.init == "ones" else rng.normal(0, 0.2, p.shape), jnp.float32
         ),
-        decoder.specs(CFG),
+        decoder.specs(cfg),
         is_leaf=lambda x: isinstance(x, sp.Param),
     )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return weights(CFG)
 
 
 def left(prompts, length=6):
@@ -50,10 +57,17 @@ def keys(n, seed=0):
     return jax.random.split(jax.random.key(seed), n)
 
 
-def sample(params, prompts, key, *, length=6, choose=HOT, stop=NEVER, max_new=MAX_NEW, **kw):
-    return autoregressive.sample(
-        params, CFG, *left(prompts, length), key, max_new=max_new, choose=choose, stop=stop, **kw
-    )
+def sample(params, prompts, key, *, length=6, cfg=CFG, **given):
+    given = dict(choose=HOT, stop=NEVER, max_new=MAX_NEW) | given
+    return autoregressive.sample(params, cfg, *left(prompts, length), key, **given)
+
+
+def same(got, want):
+    """Equal answers; log-probabilities up to the rounding of sums in another order."""
+    for name in ("tokens", "length", "reason"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+    for name in ("logps", "full_logps"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +76,21 @@ def free(params):
     return sample(params, PROMPTS, keys(4))
 
 
-@jax.jit
-def all_logits(params, rows):
+@functools.partial(jax.jit, static_argnames="cfg")
+def all_logits(params, rows, cfg):
     """The logits after every slot, without a cache."""
     h = decoder.backbone(
         params,
-        CFG,
-        decoder.embed(params, CFG, rows),
+        cfg,
+        decoder.embed(params, cfg, rows),
         positions=rows.positions,
         segments=rows.segments,
         trunk=rows.trunk,
     ).states
-    return h @ decoder.head_matrix(params, CFG)
+    return h @ decoder.head_matrix(params, cfg)
 
 
-def forced(params, prompts, answers, temperature=1.0):
+def forced(params, prompts, answers, temperature=1.0, cfg=CFG):
     """Log-probabilities [B, T, V] of every token in place of each answer token, in float64, from
     one forward pass over texts padded on the right."""
     length = 6 + answers.shape[1]
@@ -88,7 +102,7 @@ def forced(params, prompts, answers, temperature=1.0):
     positions = np.broadcast_to(np.arange(length, dtype=np.int32)[:, None], (*mask.shape, 1))
     segments = mask.astype(np.int32)
     rows = Rows(tokens, mask, mask, positions, segments, np.zeros_like(segments))
-    logits = np.asarray(all_logits(params, rows), np.float64) / temperature
+    logits = np.asarray(all_logits(params, rows, cfg), np.float64) / temperature
     logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     n = answers.shape[1]
     return np.stack([logps[b, len(p) - 1 : len(p) - 1 + n] for b, p in enumerate(prompts)])
@@ -96,8 +110,9 @@ def forced(params, prompts, answers, temperature=1.0):
 
 @pytest.mark.parametrize("choose", [HOT, Greedy()], ids=["hot", "greedy"])
 def test_logps_equal_teacher_forcing(params, choose):
-    """Catches states one token late, positions that count padding, and a wrong temperature."""
-    out = sample(params, PROMPTS, keys(4), choose=choose)
+    """Catches states one token late, positions that count padding, a wrong temperature, and a slot
+    that goes on from another answer's keys: two slots take four answers."""
+    out = sample(params, PROMPTS, keys(4), choose=choose, slots=2)
     tokens = np.asarray(out.tokens)
     at = lambda logps: np.take_along_axis(logps, tokens[..., None], axis=2)[..., 0]
     full = forced(params, PROMPTS, tokens)
@@ -107,12 +122,48 @@ def test_logps_equal_teacher_forcing(params, choose):
     assert len(np.unique(tokens)) > 8  # answers that differ, or the test says little
 
 
+def test_logps_under_what_is_sampled_and_under_the_whole(params):
+    """Catches log-probs that are not renormalised over the tokens a filter leaves, or are so in
+    `full_logps`, which a trainer compares with its own."""
+    out = sample(params, PROMPTS, keys(4), choose=Filtered(1.5, 20, 0.8))
+    tokens = np.asarray(out.tokens)
+    at = lambda logps: np.take_along_axis(logps, tokens[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(out.full_logps, at(forced(params, PROMPTS, tokens)), atol=1e-5)
+    drawn = forced(params, PROMPTS, tokens, 1.5)
+    kth = np.sort(drawn, axis=2)[..., -20:-19]
+    drawn = np.where(drawn >= kth, drawn, -np.inf)
+    drawn -= np.log(np.exp(drawn).sum(axis=2, keepdims=True))
+    likelier = (drawn[..., None, :] > drawn[..., :, None]) * np.exp(drawn)[..., None, :]
+    drawn = np.where(likelier.sum(axis=3) < 0.8, drawn, -np.inf)
+    kept = np.isfinite(drawn).sum(axis=2)
+    assert kept.min() < 20 and kept.max() > 5
+    drawn -= np.log(np.exp(drawn).sum(axis=2, keepdims=True))
+    np.testing.assert_allclose(out.logps, at(drawn), atol=1e-5)
+
+
+def test_sampling_follows_the_model(params):
+    """Catches any bias of the whole loop: answers of two tokens over five, against the product of
+    the model's probabilities, from slots that are refilled several times."""
+    cfg = tiny_config(vocab=5)
+    params = weights(cfg)
+    n, prompt = 4000, [1, 3]
+    given = dict(cfg=cfg, choose=Temperature(2.0), samples=n, slots=1000, max_new=2)
+    out = sample(params, [prompt], keys(n), length=2, **given)
+    counts = np.zeros((5, 5))
+    np.add.at(counts, tuple(np.asarray(out.tokens).T), 1)
+    pairs = [np.array([a, 0]) for a in range(5)]
+    logps = forced(params, [prompt] * 5, np.array(pairs), 2.0, cfg=cfg)
+    chance = np.exp(logps[0, 0][:, None] + logps[:, 1])
+    assert np.ptp(chance) > 0.02 and (n * chance).min() > 5
+    assert stats.chisquare(counts.ravel(), n * chance.ravel() / chance.sum()).pvalue > 1e-3
+
+
 def test_greedy_takes_the_most_likely_token_at_every_step(params):
     """Catches a stale cache: each greedy token must win under teacher forcing."""
-    out = sample(params, PROMPTS, keys(4), choose=Greedy())
+    out = sample(params, PROMPTS, keys(4), choose=Greedy(), slots=2)
     tokens = np.asarray(out.tokens)
     np.testing.assert_array_equal(tokens, forced(params, PROMPTS, tokens).argmax(axis=-1))
-    again = sample(params, PROMPTS, keys(4, seed=9), choose=Greedy())
+    again = sample(params, PROMPTS, keys(4, seed=9), choose=Greedy(), slots=2)
     np.testing.assert_array_equal(again.tokens, tokens)
 
 
@@ -150,6 +201,7 @@ def test_stop_ids_end_an_answer_and_fill_follows(params, free):
         n = MAX_NEW if end is None else end
         assert int(out.length[i]) == n
         assert bool(out.finished[i]) == (end is not None)
+        assert int(out.reason[i]) == (-1 if end is None else list(stop).index(tokens[i, end - 1]))
         np.testing.assert_array_equal(out.tokens[i, :n], tokens[i, :n])
         np.testing.assert_array_equal(out.tokens[i, n:], 299)
         for name in ("logps", "full_logps"):
@@ -170,9 +222,9 @@ CALLS = []
 class Counted:
     """Temperature sampling that records each turn of the loop."""
 
-    def __call__(self, logits, keys):
+    def pick(self, logits, keys):
         jax.debug.callback(lambda: CALLS.append(1))
-        return HOT(logits, keys)
+        return HOT.pick(logits, keys)
 
     def logits(self, logits):
         return HOT.logits(logits)
@@ -200,10 +252,220 @@ def test_the_loop_ends_with_its_last_answer(params):
     assert count == 1
 
 
-def test_sharded_sampling_gives_the_same_answers(params, free):
-    """Catches a cache or a draw that changes with the layout of weights and batch."""
+# Slots that are refilled
+
+
+# Everything in attention that counts positions or bends scores, in layers of two kinds.
+RICH = tiny_config(
+    vocab=300, window=3, windowed=(True, False), window_theta=300.0, attn_softcap=4.0, qk_norm=True
+)
+
+
+@pytest.fixture(scope="module")
+def many():
+    """(params, inputs, answers of all lengths when every answer has its slot)."""
+    params = weights(RICH)
+    prompts = [*PROMPTS, RNG.integers(0, 300, 9), RNG.integers(0, 300, 2)]
+    given = dict(max_new=12, choose=HOT, stop=np.arange(40, dtype=np.int32), samples=4, fill=-7)
+    arrays = (*autoregressive.padded(prompts), keys(32))
+    whole = autoregressive.sample(params, RICH, *arrays, **given)
+    length = np.asarray(whole.length)
+    assert len(set(length[:24])) > 6 and length[:24].min() == 1 and length.max() == 12
+    return params, arrays, given, whole
+
+
+def test_rows_without_a_prompt_get_no_answer(many):
+    """Catches padding of the batch that is decoded, or counted as useful."""
+    *_, whole = many
+    np.testing.assert_array_equal(whole.length[24:], 0)
+    np.testing.assert_array_equal(whole.tokens[24:], -7)
+    assert not np.asarray(whole.finished[24:]).any() and not np.asarray(whole.logps[24:]).any()
+    assert int(whole.steps) == 12 and whole.slots == 32
+
+
+@pytest.mark.parametrize("layout", [dict(slots=8), dict(slots=6, share=2)], ids=str)
+def test_answers_do_not_depend_on_slots(many, layout, monkeypatch):
+    """Catches keys left by the last answer of a slot, positions, random keys or a matcher that go
+    on from it, a prompt copied to the wrong lane, and windows counted in slots. With prompts run in
+    passes: their keys must be put together in order."""
+    params, arrays, given, whole = many
+    if "share" in layout:
+        monkeypatch.setattr(autoregressive, "PREFILL", 2 * arrays[0].shape[1])
+    got = autoregressive.sample(params, RICH, *arrays, **given, **layout)
+    same(got, whole)
+    assert got.slots == layout["slots"]
+    used = float(got.utilisation)
+    assert used == pytest.approx(int(got.length.sum()) / (got.slots * int(got.steps)))
+    assert used > 1.5 * float(whole.utilisation)
+
+
+def test_answers_do_not_depend_on_the_order(many):
+    """Catches results written in the order in which answers end, or rows mixed with empty ones."""
+    params, (tokens, mask, key), given, whole = many
+    order = np.array([7, 3, 5, 0, 6, 2, 4, 1])
+    rows = (4 * order[:, None] + np.arange(4)).ravel()
+    arrays = tokens[order], mask[order], key[rows]
+    got = autoregressive.sample(params, RICH, *arrays, slots=8, **given)
+    same(got, jax.tree.map(lambda x: x[rows] if x.ndim else x, whole))
+
+
+def test_prompts_are_run_once(params, monkeypatch):
+    """Catches a prompt that is run again for each of its answers or for each refill: while the
+    program is traced, only P prompts and single tokens of W slots may go through the layers."""
+    seen, backbone = [], decoder.backbone
+
+    def noting(params, cfg, x, **kw):
+        seen.append(x.shape[:2])
+        return backbone(params, cfg, x, **kw)
+
+    monkeypatch.setattr(decoder, "backbone", noting)
+    autoregressive.sample.clear_cache()
+    given = dict(max_new=MAX_NEW, choose=HOT, stop=NEVER, samples=3, slots=2)
+    autoregressive.sample.trace(params, CFG, *left(PROMPTS), keys(12), **given)
+    assert seen == [(4, 6), (2, 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """Answers whose lengths are drawn: each token is the last with a chance of 0.1."""
+
+    def logits(self, logits):
+        return logits
+
+    def pick(self, logits, keys):
+        draw = jax.vmap(jax.random.uniform)(keys)
+        return jnp.where(draw < 0.1, 0, 1 + jnp.argmax(logits[:, 1:], axis=-1)).astype(jnp.int32)
+
+
+def test_slots_are_of_use(params):
+    """Catches slots that wait: of answers with long tails, lock-step decoding wastes most."""
+    tokens, mask = left([RNG.integers(0, 300, 4)] * 64)
+    given = dict(max_new=96, choose=Ends(), stop=np.zeros(1, np.int32), samples=4)
+    out = autoregressive.sample(params, CFG, tokens, mask, keys(256), slots=16, **given)
+    length = np.asarray(out.length)
+    assert length.max() > 4 * length.mean() and 8 < length.mean() < 12
+    assert float(out.utilisation) >= 0.85 > 3 * length.mean() / length.max()
+
+
+def test_compilations_are_bounded(params):
+    """Catches a shape that follows the number of prompts or their lengths, and an argument that is
+    static without need."""
+
+    def run(count, longest, seed):
+        rng = np.random.default_rng(seed)
+        prompts = [rng.integers(0, 300, n) for n in rng.integers(1, longest + 1, count)]
+        prompts[0] = rng.integers(0, 300, longest)
+        tokens, mask = autoregressive.padded(prompts)
+        given = dict(max_new=4, choose=Greedy(), stop=np.array([seed, 7], np.int32), slots=2)
+        autoregressive.sample(params, CFG, tokens, mask, keys(len(tokens), seed), **given)
+
+    for size, sizes in (((8, 16), [(5, 3), (8, 16), (6, 9)]), ((4, 32), [(3, 17), (4, 32)])):
+        assert autoregressive.padded([[1] * size[1]] * size[0])[0].shape == size
+        with plan.compilations() as found:
+            for seed, (count, longest) in enumerate(sizes):
+                run(count, longest, seed)
+        assert found["jit(sample)"] == 1
+
+
+def test_memory_is_one_cache(monkeypatch):
+    """Catches a second copy of pool, lanes or ring, as a buffer makes that is not updated in place,
+    and a bfloat16 cache that is kept in float32 somewhere."""
+    monkeypatch.setattr(autoregressive, "PREFILL", 512)
+    cfg = tiny_config(vocab=300, depth=4, head_dim=32)
+    shapes = jax.eval_shape(lambda: sp.init(decoder.specs(cfg), jax.random.key(0)))
+    tokens, mask = np.zeros((32, 256), np.int32), np.ones((32, 256), bool)
+    given = dict(max_new=128, choose=HOT, stop=NEVER, samples=2, slots=16, cache_dtype="bfloat16")
+    program = autoregressive.sample.lower(shapes, cfg, tokens, mask, keys(64), **given)
+    held = plan.memory(program.compile()).temporaries
+    size = lambda *slots: 2 * cfg.depth * cfg.kv_heads * cfg.head_dim * 2 * sum(slots)
+    pool, lanes, ring, one_pass = 32 * 256, 16 * 256, 16 * 128, 512
+    whole = size(pool, lanes, ring)
+    assert whole < held < 1.15 * (whole + size(one_pass)) + 2 * 2**20 < 1.5 * whole
+
+
+def test_a_bfloat16_cache_is_near(params):
+    """Catches a cache that is rounded twice or read in bfloat16: its rounding alone moves
+    log-probabilities of a float32 model by less than 0.05 here."""
+    out = sample(params, PROMPTS, keys(4), slots=2, cache_dtype="bfloat16")
+    tokens = np.asarray(out.tokens)
+    want = np.take_along_axis(forced(params, PROMPTS, tokens), tokens[..., None], axis=2)[..., 0]
+    off = np.abs(out.full_logps - want)
+    assert 1e-6 < off.max() < 0.05
+
+
+# Stop strings, as a table over tokens
+
+
+def test_stop_strings_end_an_answer(params, free):
+    """Catches a matcher that sees tokens after the end, is not reset when its slot is refilled, or
+    loses to a stop id at the same token."""
+    tokens = np.asarray(free.tokens)
+    table = np.zeros((2, 300), np.uint8)
+    # String 0: the second and third token of row 0. String 1: the fourth of row 1, at once.
+    table[:, tokens[0, 1]] = 1
+    table[1, tokens[0, 2]] = 2
+    table[:, tokens[1, 3]] = 3
+    stop = np.array([299, tokens[2, 2]], np.int32)
+    want = []
+    for row in tokens:
+        state, end = 0, (MAX_NEW, -1)
+        for n, token in enumerate(row, start=1):
+            state = table[state, token]
+            if token in stop or state > 1:
+                end = n, list(stop).index(token) if token in stop else state
+                break
+        want.append(end)
+    assert want[0] == (3, 2) and want[1] == (4, 3) and want[2] == (3, 1)
+    out = sample(params, PROMPTS, keys(4), stop=stop, matcher=table, slots=1)
+    np.testing.assert_array_equal(out.length, [n for n, _ in want])
+    np.testing.assert_array_equal(out.reason, [reason for _, reason in want])
+    for i, (n, _) in enumerate(want):
+        np.testing.assert_array_equal(out.tokens[i, :n], tokens[i, :n])
+
+
+# Several devices
+
+
+def test_sharded_sampling_gives_the_same_answers(many, monkeypatch):
+    """Catches a cache or a draw that changes with the layout of weights and batch, prompts that a
+    group of devices takes from another one's queue, and keys and values that travel when a lane is
+    refilled: what devices send each other in the loop is far less than one prompt's cache."""
+    params, (tokens, mask, key), given, whole = many
+    wide = lambda x: np.pad(x, ((0, 0), (256 - x.shape[1], 0)))
+    monkeypatch.setattr(autoregressive, "PREFILL", 4 * 256)
     rules = Rules(make_mesh({"fsdp": 2, "tensor": 2}))
-    placed = jax.device_put(params, sp.shardings(decoder.specs(CFG), rules))
-    out = sample(placed, PROMPTS, keys(4), rules=rules)
-    np.testing.assert_array_equal(out.tokens, free.tokens)
-    np.testing.assert_allclose(out.logps, free.logps, atol=1e-5)
+    placed = jax.device_put(params, sp.shardings(decoder.specs(RICH), rules))
+    arrays = wide(tokens), wide(mask), key
+    program = autoregressive.sample.lower(placed, RICH, *arrays, rules=rules, slots=8, **given)
+    program = program.compile()
+    same(program(placed, *arrays, stop=given["stop"]), whole)
+    moved = ("all-gather", "collective-permute")
+    sent = plan.collectives(program, rules.mesh)
+    inside = [c.bytes for c in sent if c.loops and c.kind in moved]
+    one_prompt = 2 * RICH.depth * RICH.kv_heads * RICH.head_dim * 4 * 256
+    assert inside and max(inside) < one_prompt / 4
+
+
+# What does not fit
+
+
+def test_errors(params):
+    """What a caller can get wrong, told by name and before anything is compiled."""
+    run = functools.partial(sample, params, PROMPTS, keys(12), samples=3)
+    for bad in (dict(slots=4, share=3), dict(slots=4, share=2), dict(slots=0), dict(share=0)):
+        with pytest.raises(ValueError, match="share must divide both samples and slots; received"):
+            run(**bad)
+    with pytest.raises(ValueError, match="knows 9 token ids and the model has 300; make it with"):
+        run(matcher=np.zeros((1, 9), np.uint8))
+    for bad in ([], [[1], []]):
+        with pytest.raises(ValueError, match="expected prompts of at least one token"):
+            autoregressive.padded(bad)
+    with pytest.raises(ValueError, match="2 prompts of up to 3 tokens do not fit into 2 x 2"):
+        autoregressive.padded([[1], [1, 2, 3]], rows=2, length=2)
+    cache = decoder.empty_cache(CFG, 1, 4, ring=True)
+    zeros = jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match="a ring takes one token a row at a time; received 2"):
+        decoder.backbone(
+            params, CFG, jnp.zeros((1, 2, 32)), positions=zeros[..., None], segments=zeros,
+            trunk=zeros, cache=cache,
+        )  # fmt: skip

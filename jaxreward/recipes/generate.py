@@ -4,17 +4,22 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreward.data import sources, tokenize
+from jaxreward.data import sources, stop, tokenize
 from jaxreward.hub import load
 from jaxreward.parallel import rules
 from jaxreward.sampling import autoregressive, choose
 from jaxreward.train import writers
+
+# Batches of prompts that one call of the sampler takes: what has ended makes room for the next
+# prompt at once, and all of a call is written to disk together.
+AHEAD = 4
 
 
 def run(
@@ -27,31 +32,47 @@ def run(
     max_new: int = 64,
     seed: int = 0,
     batch: int = 64,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop_strings: Sequence[str] = (),
 ) -> None:
     """Samples `n` answers to every prompt of a JSONL file.
 
     Each output line is the prompt's record with `answers`: a list of {"text", "tokens" (count),
-    "logp" (sum of log-probabilities under the untempered model), "finished"}. An answer depends
-    on its prompt, its number and the seed, not on the batch it was computed in. Interrupted, the
-    same command goes on after the last finished batch.
+    "logp" (sum of log-probabilities under the untempered, unfiltered model), "finished"}. An answer
+    depends on its prompt, its number and the seed, not on the batch it was computed in.
+    Interrupted, the same command goes on after the prompts that are on disk.
+
+    With stop strings an answer ends with the token that completes one of them. Its text is what
+    comes before the string, `tokens` and `logp` are of everything that was sampled, and `stop` is
+    the string, or null.
 
     Args:
       model: Hugging Face folder of a language model.
       input: JSONL with `prompt` (text or messages). output: JSONL; "-" is standard output.
       n: Answers per prompt. temperature: 0 = greedy. max_new: Most tokens of an answer.
       seed: Of the sampling. batch: Answers computed together.
+      top_k, top_p, min_p: As in `choose.Filtered`; by default nothing is left out.
+      stop_strings: Texts that end an answer, besides the model's end tokens.
 
     Raises:
       ValueError, FileNotFoundError: saying what does not fit.
     """
     if n < 1 or max_new < 1 or batch < 1:
         raise ValueError(f"n, max_new and batch must be positive; received {n}, {max_new}, {batch}")
-    how = choose.make(temperature)
+    if isinstance(stop_strings, str):
+        raise ValueError(f"stop_strings must be a list of texts; received {stop_strings!r}")
+    how = choose.make(temperature, top_k, top_p, min_p)
     records = sources.read_prompts(input)
     settings = {
         "model": load.content_hash(model),
         "n": n,
         "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "stop_strings": list(stop_strings),
         "max_new": max_new,
         "seed": seed,
         "prompts": hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest(),
@@ -59,7 +80,7 @@ def run(
     partial = None if str(output) == "-" else Path(f"{output}.partial")
     done = _resume(partial, settings)
     if len(done) < len(records):
-        _sample(model, records, done, partial, how, n, max_new, seed, max(1, batch // n))
+        _sample(model, records, done, partial, how, n, max_new, seed, batch, list(stop_strings))
     sources.write_jsonl(output, done)
     if partial is not None:
         partial.unlink(missing_ok=True)
@@ -89,7 +110,7 @@ def _resume(partial, settings) -> list[dict]:
     return lines[1:]
 
 
-def _sample(model, records, done, partial, how, n, max_new, seed, prompts_at_once):
+def _sample(model, records, done, partial, how, n, max_new, seed, batch, strings):
     where = rules.on_mesh()
     tokenizer = tokenize.load_tokenizer(model)
     cfg, params, _ = load.load(model, rules=where)
@@ -107,25 +128,21 @@ def _sample(model, records, done, partial, how, n, max_new, seed, prompts_at_onc
         )
     if not tokenizer.eos_ids:
         raise ValueError(f"{model} names no end-of-sequence token; answers would never end")
-    # One prompt length for all batches: one compiled program.
+    # One prompt length and one number of prompts for all calls: one compiled program.
     length = -(-longest // 16) * 16
-    stop = jnp.asarray(sorted(tokenizer.eos_ids), jnp.int32)
+    lanes, left = max(1, batch // n), len(records) - len(done)
+    calls = -(-left // (AHEAD * lanes))
+    rows = -(-left // (calls * lanes)) * lanes
+    ends = jnp.asarray(sorted(tokenizer.eos_ids), jnp.int32)
+    matcher = jnp.asarray(stop.matcher(tokenizer, strings, cfg.vocab)) if strings else None
+    fold = jax.random.fold_in
+    number = jax.jit(jax.vmap(lambda i, j: fold(fold(jax.random.key(seed), i), j)))
     progress = writers.Progress(len(records), start=len(done), label="sample")
     while len(done) < len(records):
         first = len(done)
-        part = encoded[first : first + prompts_at_once]
-        tokens = np.zeros((prompts_at_once, length), np.int32)
-        mask = np.zeros((prompts_at_once, length), bool)
-        mask[len(part) :, -1] = True  # filler rows of the last batch attend to themselves
-        for row, ids in enumerate(part):
-            tokens[row, length - len(ids) :] = ids
-            mask[row, length - len(ids) :] = True
-        keys = jax.vmap(
-            lambda i, j: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), j)
-        )(
-            jnp.repeat(jnp.arange(first, first + prompts_at_once), n),
-            jnp.tile(jnp.arange(n), prompts_at_once),
-        )
+        part = encoded[first : first + rows]
+        tokens, mask = autoregressive.padded(part, rows=rows, length=length)
+        keys = number(np.repeat(np.arange(first, first + rows), n), np.tile(np.arange(n), rows))
         got = autoregressive.sample(
             params,
             cfg,
@@ -134,23 +151,19 @@ def _sample(model, records, done, partial, how, n, max_new, seed, prompts_at_onc
             keys,
             max_new=max_new,
             choose=how,
-            stop=stop,
+            stop=ends,
+            matcher=matcher,
             rules=where,
             samples=n,
+            slots=lanes * n,
+            share=n,
         )
         got = jax.tree.map(np.asarray, got)
         for row in range(len(part)):
-            answers = []
-            for g in range(row * n, (row + 1) * n):
-                ids = got.tokens[g, : got.length[g]].tolist()
-                answers.append(
-                    {
-                        "text": tokenizer.decode(ids),
-                        "tokens": len(ids),
-                        "logp": float(got.full_logps[g].sum()),
-                        "finished": bool(got.finished[g]),
-                    }
-                )
+            answers = [
+                _answer(tokenizer, got, i, len(ends), strings)
+                for i in range(row * n, (row + 1) * n)
+            ]
             record = records[first + row]
             done.append(
                 {
@@ -166,3 +179,19 @@ def _sample(model, records, done, partial, how, n, max_new, seed, prompts_at_onc
                 os.fsync(file.fileno())
         progress.update(len(done))
     progress.close()
+
+
+def _answer(tokenizer, got, i, ends, strings):
+    ids = got.tokens[i, : got.length[i]].tolist()
+    answer = {
+        "text": tokenizer.decode(ids),
+        "tokens": len(ids),
+        "logp": float(got.full_logps[i].sum()),
+        "finished": bool(got.finished[i]),
+    }
+    if strings:
+        said = int(got.reason[i]) - ends
+        answer["stop"] = strings[said] if said >= 0 else None
+        if said >= 0:
+            answer["text"] = answer["text"].partition(strings[said])[0]
+    return answer

@@ -131,7 +131,7 @@ def test_other_settings_start_again(model, prompts, expected, tmp_path, monkeypa
     assert out.read_bytes() == expected
     assert "made with other settings; starting again" in capsys.readouterr().err
     partial = tmp_path / "out.jsonl.partial"
-    for field in ("model", "n", "temperature", "max_new", "prompts"):
+    for field in ("model", "n", "temperature", "top_p", "stop_strings", "max_new", "prompts"):
         settings, *done = _partial(model, prompts, expected)
         settings[field] = "another"
         partial.write_text("".join(json.dumps(x) + "\n" for x in [settings, *done]))
@@ -140,7 +140,8 @@ def test_other_settings_start_again(model, prompts, expected, tmp_path, monkeypa
 
 def _partial(model, prompts, expected):
     settings = {k: v for k, v in SETTINGS.items() if k != "batch"}
-    return [{**settings, "model": "m", "prompts": "p", "seed": 0}, *rows(expected)]
+    more = {"model": "m", "prompts": "p", "seed": 0, "top_p": 1.0, "stop_strings": []}
+    return [{**settings, **more}, *rows(expected)]
 
 
 @pytest.mark.parity
@@ -172,6 +173,44 @@ def test_greedy_equals_transformers(model, prompts, tmp_path, require):
         assert first["logp"] == pytest.approx(logp, abs=1e-4)
 
 
+def test_stop_strings(model, prompts, expected, tmp_path):
+    """Catches an answer that goes on after a stop string, ends in front of it, or keeps it; and one
+    that changes before it, since its tokens are drawn as without stop strings."""
+    free = [answer for row in rows(expected) for answer in row["answers"]]
+    whole = [a["text"] for a in free if len(a["text"]) == 5]
+    strings = ["never said", whole[0][1], whole[1][:2]]
+    out = tmp_path / "out.jsonl"
+    generate.run(model, prompts, out, **SETTINGS, stop_strings=strings)
+    found = [answer for row in rows(out.read_bytes()) for answer in row["answers"]]
+    stopped = 0
+    for answer, whole in zip(found, free):
+        text = whole["text"]
+        ends = [(text.find(s) + len(s), j) for j, s in enumerate(strings) if s in text]
+        said = strings[min(ends)[1]] if ends else None
+        assert answer["stop"] == said
+        if ends:
+            stopped += 1
+            assert answer["text"] == text[: min(ends)[0] - len(said)]
+            assert answer["finished"] and answer["tokens"] <= whole["tokens"]
+            assert answer["logp"] >= whole["logp"]
+        else:
+            assert {k: v for k, v in answer.items() if k != "stop"} == whole
+    assert 0 < stopped < len(found)
+
+
+def test_filters_reach_the_sampler(model, prompts, tmp_path, monkeypatch):
+    """Catches a filter that is dropped or changes places with another on its way."""
+
+    def sample(*_, choose, **__):
+        assert choose == generate.choose.Filtered(2.0, 7, 0.8, 0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate.autoregressive, "sample", sample)
+    filters = dict(temperature=2.0, top_k=7, top_p=0.8, min_p=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        generate.run(model, prompts, tmp_path / "out.jsonl", n=1, max_new=5, **filters)
+
+
 def test_standard_output(model, prompts, expected, tmp_path, monkeypatch, capfdbinary):
     """Nothing but the records on stdout, and no file anywhere."""
     monkeypatch.chdir(tmp_path)
@@ -190,6 +229,10 @@ def test_errors(model, tiny_folder, prompts, tmp_path):
             generate.run(model, prompts, out, **bad)
     with pytest.raises(ValueError, match="temperature must be positive"):
         generate.run(model, prompts, out, temperature=-1.0)
+    with pytest.raises(ValueError, match="top_p must be above 0"):
+        generate.run(model, prompts, out, top_p=0.0)
+    with pytest.raises(ValueError, match="stop_strings must be a list of texts; received 'ab'"):
+        generate.run(model, prompts, out, stop_strings="ab")
     with pytest.raises(FileNotFoundError, match="is not a model folder"):
         generate.run(tmp_path / "nowhere", prompts, out)
     assert not out.exists()

@@ -327,6 +327,7 @@ def ours(params, cfg, tokens, mask, stop, max_new, pad=0):
         choose=Greedy(),
         stop=np.asarray(stop, np.int32),
         fill=pad,
+        slots=2,  # fewer than answers: one slot goes on with the next prompt
     )
 
 

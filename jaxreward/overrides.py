@@ -195,7 +195,9 @@ def check_resume(path, changed):
         # A key that is newer than the run, at the value that stands for how it was before; or one
         # that has gone since, and had one value only.
         neutral = old == ABSENT and (not new or new in ("none", _BEFORE.get(key)))
-        if key not in (*MAY_CHANGE, *_GONE) and not longer and not neutral:
+        # Stages are held to their own workdirs, those that have not started to nothing.
+        may = key in (*MAY_CHANGE, *_GONE) or key.startswith("stages.")
+        if not (may or longer or neutral):
             refused[key] = (old, new)
     if not refused:
         return

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import tempfile
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -25,6 +27,14 @@ install_import_hook(
     ("jaxreward.core.masked", "jaxreward.models", "jaxreward.objectives", "jaxreward.sampling"),
     "beartype.beartype",
 )
+
+
+# Many tests make the same small programs; each is compiled once a session. Told to JAX and not to
+# the environment: a process that a test kills must not leave half an entry behind for the others.
+_PROGRAMS = tempfile.TemporaryDirectory(prefix="jaxreward_tests_")
+jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_configure(config):

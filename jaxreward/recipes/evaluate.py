@@ -328,6 +328,12 @@ def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> P
             f"{workdir} is not a workdir (no config.json with a recipe); export takes the folder "
             "that was given to `jaxreward train --workdir`"
         )
+    stages = sorted(presets.read(Path(workdir) / "config.json").get("stages", ()))
+    if stages:
+        raise ValueError(
+            f"{workdir} is a run of several stages; export one of them: "
+            f"{', '.join(str(Path(workdir) / name) for name in stages)}"
+        )
     plan, params, frozen, folder, template, max_len = _from_workdir(Path(workdir), rules.on_mesh())
     whole, head = trainable.join(plan, params, frozen)
     tokenizer = tokenize.load_tokenizer(folder)

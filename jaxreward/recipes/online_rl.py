@@ -461,6 +461,12 @@ def build(config, workdir: str | Path) -> session.Built:
     folder = export.init_folder(model.init, workdir)
     tokenizer = tokenize.load_tokenizer(folder)
     where = rules.on_mesh(dict(config.mesh))
+    ways = where.mesh.shape["data"] * where.mesh.shape["fsdp"] if where else 1
+    if config.data.batch % ways:
+        raise ValueError(
+            f"data.batch={config.data.batch} rows at a time do not divide over data x fsdp = "
+            f"{ways} devices; set data.batch to a multiple"
+        )
     train, held, facts = load_data(config, tokenizer)
     cfg, weights, _ = load.load(folder, rules=where)
     cfg = dataclasses.replace(cfg, compute=config.train.compute, remat=config.train.remat)

@@ -27,7 +27,14 @@ PyTree = Any
 
 
 class Rollouts(Protocol):
-    """What the online recipes ask of a source of answers."""
+    """What the online recipes ask of a source of answers.
+
+    Attributes:
+      utilisation: Share of what was decoded for the last `collect` that became tokens of answers,
+        NaN where that is not known. Only logged.
+    """
+
+    utilisation: float
 
     def publish(self, params: PyTree, version: int) -> None:
         """Takes weights, a whole decoder's tree. The caller may donate its buffers right after."""
@@ -68,6 +75,7 @@ class Engine:
           choose, stop, matcher, rules, slots, cache_dtype: As `autoregressive.sample`.
         """
         self._cfg, self._rules = cfg, rules
+        self._max_prompt = max_prompt
         self._length = max(16, 1 << (max_prompt - 1).bit_length())
         self._settings = dict(
             max_new=max_new,
@@ -82,7 +90,6 @@ class Engine:
         self._version = -1
         self._waiting: collections.deque[tuple] = collections.deque()
         self._copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
-        # Steps, useful tokens and slots of the last round, for who wants to know.
         self.utilisation = float("nan")
 
     def publish(self, params: PyTree, version: int) -> None:
@@ -97,6 +104,11 @@ class Engine:
         """
         if self._params is None:
             raise ValueError("submit needs weights; publish them first")
+        longest = max(map(len, prompts))
+        if longest > self._max_prompt:
+            raise ValueError(
+                f"a prompt takes {longest} tokens, more than the {self._max_prompt} of this engine"
+            )
         tokens, mask = autoregressive.padded(prompts, length=self._length)
         keys = jax.random.split(key, len(tokens) * answers)
         settings = dict(self._settings)

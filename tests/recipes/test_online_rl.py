@@ -310,6 +310,7 @@ def test_other_algorithms_make_batches(built, losses, advantage, overrides):
 @pytest.mark.parametrize(
     ("overrides", "changes", "text"),
     [
+        (["data.batch=6"], {}, r"data\.batch=6 rows at a time do not divide .* 4 devices"),
         (["rollouts.updates=3"], {}, r"rollouts\.updates=3 must divide rollouts\.prompts=4"),
         (["rollouts.filter=all"], {}, r"rollouts\.filter must be none, outcome or shaped"),
         (["rollouts.reduction=mean"], {}, r"mode must be one of token, sequence"),

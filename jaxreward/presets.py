@@ -337,7 +337,14 @@ _SMOKE = {
         "batch": 8,
         "eval_batch": 8,
     },
-    "rollouts": {"prompts": 4, "answers": 2, "max_new": 8, "slots": 0, "overlong": 0},
+    "rollouts": {
+        "prompts": 4,
+        "answers": 2,
+        "max_new": 8,
+        "updates": 1,
+        "slots": 0,
+        "overlong": 0,
+    },
     "train": {"steps": 4, "microbatches": 1, "log_every": 1, "save_every": 2, "eval_every": 2},
 }
 

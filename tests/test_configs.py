@@ -25,6 +25,7 @@ SMOKE_MAY_CHANGE = (
     "rollouts.prompts",
     "rollouts.answers",
     "rollouts.max_new",
+    "rollouts.updates",
     "rollouts.slots",
     "rollouts.overlong",
     "train.steps",

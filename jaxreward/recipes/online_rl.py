@@ -507,6 +507,8 @@ def build(config, workdir: str | Path) -> session.Built:
         more = {f"rollouts/{k}": m.Mean(jnp.float32(v), one) for k, v in rounds.metrics.items()}
         return state, metrics | more
 
+    stepped.trace = step.trace  # for the loop, which counts the FLOPs of an update
+
     return session.Built(
         plan=plan,
         rules=where,

@@ -174,7 +174,7 @@ def score(answer, record):
         return 0.0
     if task in _PREFIXES and value >= 1.0 and abs(Fraction(answer) - Fraction(own)) > 1e-4:
         return 0.0
-    return min(max(value, 0.0), 1.0) if value == value else 0.0
+    return min(max(0.0, value), 1.0)  # in this order NaN becomes 0
 
 
 def _entry(record):

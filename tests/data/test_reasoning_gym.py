@@ -116,6 +116,14 @@ def test_generate_any_task():
     assert all(isinstance(value, str) for p in drawn for value in p.values())
 
 
+def test_generate_leaves_repeated_problems_out():
+    """A small task draws the same again and again; ids must still be names of one problem each."""
+    config = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    drawn = corpus.generate("products", count=40, seed=0, config=config)
+    assert [p["id"] for p in drawn] == [f"products-{i}" for i in range(40)]
+    assert len({p["key"] for p in drawn}) == 40
+
+
 def test_generate_splits_by_problem():
     """Nearby seeds draw the same problems; a split by key must not let one stand on both sides."""
     drawn = [p for seed in (0, 1) for p in corpus.generate("gcd", count=30, seed=seed)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxreward import testing
 from jaxreward.data import tokenize
-from jaxreward.rewards import anchor, length, math_answer
+from jaxreward.rewards import anchor, math_answer
 
 DERIVED = (
     "First we add the two numbers, so 2 + 3 = 5.\n\nThe answer is 5, which is all we need.\n\n"
@@ -623,39 +623,3 @@ def test_the_text_reward_is_the_formula():
     got = anchor.apr_reward(*columns, kind="tokens", reference=200)
     np.testing.assert_array_equal(got, np.float32([r["reward"] for r in rows]))
     assert math_answer.same("5", "5.0") and len(set(got.tolist())) == 3
-
-
-# --- baselines on whole lengths
-
-LENGTHS = np.int32([100, 50, 500, 200])
-RIGHT = np.array([True, True, False, True])
-
-
-@pytest.mark.parametrize(
-    ("name", "kw", "expected"),
-    [
-        ("truncation", dict(target=100), [1, 1, 0, 0]),
-        ("cosine", dict(max_length=100, short=1.0, long=0.5), [0.5, 0.75, 0, 0.5]),
-        ("total_ratio", dict(max_length=100, lam=0.5), [0.5, 0.75, 0, 0.5]),
-        ("group_length", dict(group=np.int32([0, 0, 0, 1]), groups=3), [0, 0.5, 0, 0]),
-    ],
-)
-def test_baselines_by_hand(name, kw, expected):
-    """Each formula at its ends, wrong answers at 0, and NumPy equal to jitted JAX."""
-    function = getattr(length, name)
-    got = function(RIGHT, LENGTHS, **kw)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, np.float32(expected), atol=1e-7)
-    of_jax = jax.jit(lambda a, b: function(a, b, **kw))(jnp.asarray(RIGHT), jnp.asarray(LENGTHS))
-    assert isinstance(of_jax, jax.Array)
-    np.testing.assert_allclose(of_jax, got, atol=1e-6)
-
-
-def test_baselines_refuse_settings_in_which_wrong_could_win():
-    """The constraint that any right answer beats any wrong one."""
-    with pytest.raises(ValueError, match="0 <= lam < 1; received 1"):
-        length.total_ratio(RIGHT, LENGTHS, max_length=10, lam=1)
-    with pytest.raises(ValueError, match="short >= long > 0"):
-        length.cosine(RIGHT, LENGTHS, max_length=10, long=0.0)
-    with pytest.raises(ValueError, match="needs group"):
-        length.group_length(RIGHT, LENGTHS, group=None, groups=2)

@@ -116,6 +116,8 @@ def test_no_code_of_an_answer_runs(records, task, tmp_path):
         f"sin(__import__('pathlib').Path({str(witness)!r}).touch())",
         f"[x for x in [open({str(witness)!r}, 'w')]]",
         f"x.__class__.__base__.__subclasses__() or open({str(witness)!r}, 'w')",
+        f"sqrt(1, evaluate=open({str(witness)!r}, 'w'))",
+        f"sqrt(*[open({str(witness)!r}, 'w')])",
         f"1 +\\\n open({str(witness)!r}, 'w')",
     ):
         for record in records[task]:
@@ -256,6 +258,24 @@ def test_scoring_does_not_change_the_record(records):
         before = json.dumps(record)
         reasoning.score(str(record["answer"]), record)
         assert json.dumps(record) == before
+
+
+def test_scoring_does_not_write_into_a_record_of_dicts():
+    """This scorer adds the boards it went through; here four fields in a ring, two pieces."""
+    record = {
+        "task": "knight_swap",
+        "answer": "",
+        "metadata": {
+            "board": {"a": ["b", "d"], "b": ["a", "c"], "c": ["b", "d"], "d": ["a", "c"]},
+            "pieces": {"a": "w", "b": None, "c": "B", "d": None},
+            "start_turn": "w",
+            "is_possible": True,
+            "solution": ["w,a,b", "B,c,d", "w,b,c", "B,d,a"],
+        },
+    }
+    before = json.dumps(record)
+    assert reasoning.score(json.dumps(record["metadata"]["solution"]), record) == 1.0
+    assert json.dumps(record) == before
 
 
 def test_missing_package(monkeypatch):

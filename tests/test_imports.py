@@ -69,6 +69,8 @@ HEAVY = {  # loaded inside functions, so that `import jaxreward.anything` stays 
     "matplotlib",
     "gguf",
     "reasoning_gym",
+    "math_verify",
+    "sympy",
     "tensorboardX",
     "wandb",
 }

@@ -130,9 +130,9 @@ def _sample(model, records, done, partial, how, n, max_new, seed, batch, strings
         raise ValueError(f"{model} names no end-of-sequence token; answers would never end")
     # One prompt length and one number of prompts for all calls: one compiled program.
     length = -(-longest // 16) * 16
-    lanes, left = max(1, batch // n), len(records) - len(done)
-    calls = -(-left // (AHEAD * lanes))
-    rows = -(-left // (calls * lanes)) * lanes
+    lanes = max(1, batch // n)
+    calls = -(-len(records) // (AHEAD * lanes))
+    rows = -(-len(records) // (calls * lanes)) * lanes
     ends = jnp.asarray(sorted(tokenizer.eos_ids), jnp.int32)
     matcher = jnp.asarray(stop.matcher(tokenizer, strings, cfg.vocab)) if strings else None
     fold = jax.random.fold_in

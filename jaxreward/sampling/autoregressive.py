@@ -155,7 +155,8 @@ def sample(
     """Samples `samples` answers to every prompt.
 
     An answer depends on its prompt and its key alone: not on the batch, the order, `slots`, `share`
-    or the mesh (but for rounding, where two tokens are as likely to the last digit).
+    or the mesh. Shapes move the last digits of the logits, so that a draw may rarely fall on the
+    other side of the border between two tokens; in one program (same shapes) it never does.
 
     Args:
       params: Weights of `decoder.specs(cfg)`, with embedding and head.

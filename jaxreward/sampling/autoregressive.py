@@ -339,8 +339,9 @@ def _prefill(params, cfg, prompts, mask, rules, groups, dtype):
     """Keys and values of the prompts, and the state after the last token of each."""
     P, T = prompts.shape
     each = P // groups
-    fits = [r for r in range(1, each + 1) if each % r == 0 and groups * r * T <= PREFILL]
-    count = each // max(fits, default=1)
+    passes = -(-P * T // PREFILL)
+    rows_each = -(-each // passes)
+    passes = -(-each // rows_each)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
     segments = mask.astype(jnp.int32)
 
@@ -360,27 +361,29 @@ def _prefill(params, cfg, prompts, mask, rules, groups, dtype):
         return hidden.cache, hidden.states[:, -1]
 
     whole = prompts, mask, positions, segments
-    if count == 1:
+    if passes == 1:
         return run(whole)
-    # [P] as groups, passes, rows: each pass takes rows of every group.
-    apart = lambda x: x.reshape(groups, count, -1, *x.shape[1:]).swapaxes(0, 1)
-    passes = jax.tree.map(lambda x: apart(x).reshape(count, -1, *x.shape[1:]), whole)
     cache = _placed(decoder.empty_cache(cfg, P, T, dtype=dtype), rules)
-    # [L, P, K, T, H] with P taken apart; each pass writes its part in place.
-    apart = lambda x, n: x.reshape(len(x), groups, n, -1, *x.shape[2:])
-    together = lambda x: x.reshape(cache.k.shape)
+    # P as groups and rows: each pass takes rows of every group. The last pass reaches back into the
+    # one before it where they do not divide.
+    apart = lambda x, axis: x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+    together = lambda x, axis: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-    def one(kv, part):
-        i, part = part
-        new, last = run(part)
-        put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, apart(new, 1), i, axis=2)
-        return (put(kv[0], new.k), put(kv[1], new.v)), last
+    def one(i, held):
+        start = jnp.minimum(i * rows_each, each - rows_each)
+        take = lambda x: jax.lax.dynamic_slice_in_dim(apart(x, 0), start, rows_each, axis=1)
+        new, last = run(jax.tree.map(lambda x: together(take(x), 0), whole))
+        put = lambda x, new, axis: jax.lax.dynamic_update_slice_in_dim(
+            x, apart(new, axis), start, axis=axis + 1
+        )
+        k, v, states = held
+        return put(k, new.k, 1), put(v, new.v, 1), put(states, last, 0)
 
-    empty = apart(cache.k, count), apart(cache.v, count)
-    (k, v), last = jax.lax.scan(one, empty, (jnp.arange(count), passes))
-    k, v = together(k), together(v)
-    last = last.reshape(count, groups, -1, cfg.width).swapaxes(0, 1).reshape(P, cfg.width)
-    return cache.replace(k=k, v=v, segments=segments, positions=positions), last
+    states = jnp.zeros((groups, each, cfg.width), cfg.compute)
+    held = apart(cache.k, 1), apart(cache.v, 1), states
+    k, v, states = jax.lax.fori_loop(0, passes, one, held)
+    cache = cache.replace(k=together(k, 1), v=together(v, 1))
+    return cache.replace(segments=segments, positions=positions), together(states, 0)
 
 
 def _ended(token, match, stop, matcher):

@@ -70,6 +70,7 @@ def paper(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_loss_and_an_evaluator_from_outside_the_package_train(paper):
     """Catches names of a user's package that are not found, and words that do not reach the loss:
     with gamma 1 and rewards close to 0, half of log 2 a pair."""

@@ -370,6 +370,7 @@ def test_a_reward_that_fails_costs_its_sample(tiny_folder, built):
     grader.close()
 
 
+@pytest.mark.slow
 def test_lora_has_its_base_as_reference(tiny_folder, tmp_path):
     """Catches a reference that holds a second model, or moves with the adapters."""
     losses = dict(

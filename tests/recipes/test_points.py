@@ -69,6 +69,7 @@ def test_scores_are_learnt(attributes):
     assert {"eval/heldout/mse/brief", "eval/heldout/answers"} <= last.keys()
 
 
+@pytest.mark.slow
 def test_classes_are_learnt(classes):
     """Catches a classifier whose labels are shuffled on the way."""
     last = [line for line in lines(classes) if "eval/heldout/accuracy" in line][-1]

@@ -347,6 +347,7 @@ def test_slots_are_of_use(params):
     assert float(out.utilisation) >= 0.85 > 3 * length.mean() / length.max()
 
 
+@pytest.mark.slow
 def test_compilations_are_bounded(params):
     """Catches a shape that follows the number of prompts or their lengths, and an argument that is
     static without need."""
@@ -367,6 +368,7 @@ def test_compilations_are_bounded(params):
         assert found["jit(sample)"] == 1
 
 
+@pytest.mark.slow
 def test_memory_is_one_cache(monkeypatch):
     """Catches a second copy of pool, lanes or ring, as a buffer makes that is not updated in place,
     and a bfloat16 cache that is kept in float32 somewhere."""
@@ -383,6 +385,7 @@ def test_memory_is_one_cache(monkeypatch):
     assert whole < held < 1.15 * (whole + size(one_pass)) + 2 * 2**20 < 1.5 * whole
 
 
+@pytest.mark.slow
 def test_a_bfloat16_cache_is_near(params):
     """Catches a cache that is rounded twice or read in bfloat16: its rounding alone moves
     log-probabilities of a float32 model by less than 0.05 here."""
@@ -426,6 +429,7 @@ def test_stop_strings_end_an_answer(params, free):
 # Several devices
 
 
+@pytest.mark.slow
 def test_sharded_sampling_gives_the_same_answers(many, monkeypatch):
     """Catches a cache or a draw that changes with the layout of weights and batch, prompts that a
     group of devices takes from another one's queue, and keys and values that travel when a lane is

@@ -1,7 +1,10 @@
-"""Drawing one token a row: our two-level search of the cumulative sum against a Gumbel draw.
+"""Drawing one token a row: our two-level search of the cumulative sum against a Gumbel draw, and
+our way to a nucleus (top-p) against a sort.
 
-Claim (docs/architecture.md): the search is exact and costs less than `jax.random.categorical`,
-which needs a random number per vocabulary entry. Prints one JSON line; compare the ratio.
+Claims (docs/architecture.md): the search is exact and costs less than `jax.random.categorical`,
+which needs a random number per vocabulary entry; a nucleus costs little where its tokens are among
+the 256 likeliest (peaked logits), and less than a sort where they are not (flat logits). Prints one
+JSON line; compare the ratios.
 
     python benchmarks/draw.py [--rows 64] [--vocab 49152] [--rounds 15]
 """
@@ -14,18 +17,24 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 
-from jaxreward.sampling.choose import Temperature
+from jaxreward.sampling.choose import Filtered, Temperature
 
 
 def main(rows, vocab, rounds):
     """Times both, alternating, and prints medians in milliseconds."""
     logits = jax.random.normal(jax.random.key(0), (rows, vocab))
     keys = jax.random.split(jax.random.key(1), rows)
+    nucleus = Filtered(1.0, 0, 0.9).logits
     programs = {
-        "search": jax.jit(Temperature(0.8)),
-        "gumbel": jax.jit(lambda x, k: jax.vmap(jax.random.categorical)(k, x / 0.8)),
+        "search": Temperature(0.8),
+        "gumbel": lambda x, k: jax.vmap(jax.random.categorical)(k, x / 0.8),
+        "nucleus": lambda x, k: nucleus(6 * x),
+        "wide_nucleus": lambda x, k: nucleus(x),
+        "sort": lambda x, k: jnp.sort(x, axis=-1),
     }
+    programs = {name: jax.jit(program) for name, program in programs.items()}
     times = {name: [] for name in programs}
     for program in programs.values():
         jax.block_until_ready(program(logits, keys))
@@ -43,6 +52,7 @@ def main(rows, vocab, rounds):
                 "vocab": vocab,
                 **medians,
                 "gumbel_over_search": round(medians["gumbel_ms"] / medians["search_ms"], 2),
+                "sort_over_wide_nucleus": round(medians["sort_ms"] / medians["wide_nucleus_ms"], 2),
                 "device": jax.devices()[0].device_kind,
                 "machine": platform.processor() or platform.machine(),
                 "jax": jax.__version__,

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 
 from jaxreward.core.types import Array
 
-# Tokens among which a nucleus is looked for first. Most are smaller, and the rest are found by
-# bisection, which costs ten times as much (benchmarks/draw.py).
+# Tokens among which a nucleus is looked for first. Most are smaller; the rest are found by
+# bisection, which took six times as long on two CPU cores. A sort took thirty times as long
+# (benchmarks/draw.jsonl).
 HEAD = 256
 
 

@@ -142,7 +142,7 @@ def test_the_judge_is_measured_in_both_orders_as_it_trains(tiny_folder, files, t
             f"data.path={files / 'train.jsonl'}",
             f"data.eval_path={files / 'judged.jsonl'}",
             "data.max_len=2048",
-            "data.batch=1",
+            "data.batch=4",
             "rollouts.workers=0",
             "train.steps=2",
             "train.compute=float32",

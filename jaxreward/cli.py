@@ -126,6 +126,10 @@ def generate(args):
         max_new=args.max_new,
         seed=args.seed,
         batch=args.batch,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        stop_strings=args.stop,
     )
 
 
@@ -251,6 +255,10 @@ def _flags(command, add):
         add("--output", type=_stream, required=True, metavar="FILE", help="answers, JSON lines")
         add("--n", type=_positive, default=4, help="answers per prompt (default: %(default)s)")
         add("--temperature", type=_temperature, default=0.8, help="default: %(default)s; 0: greedy")
+        add("--top_k", type=int, default=0, help="most likely tokens to draw from; 0: all")
+        add("--top_p", type=float, default=1.0, help="mass to draw from (default: %(default)s)")
+        add("--min_p", type=float, default=0.0, help="least share of the most likely (default: 0)")
+        add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; many")
         add("--max_new", type=_positive, default=64, help="tokens at most (default: %(default)s)")
         add("--seed", type=int, default=0, help="default: %(default)s")
         add("--batch", type=_positive, default=64, help="answers at a time (default: %(default)s)")

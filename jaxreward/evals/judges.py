@@ -4,8 +4,9 @@ Verdicts are int8[N, 2, k]: of N pairs, in both orders, k samples each. The valu
 was chosen, the swap undone: 0 the right one, 1 the other, -1 where no verdict could be read, -2 in
 an order that was not asked for. Order 0 shows the right answer as A, order 1 as B.
 
-An unreadable verdict is a wrong one. A judge that always says A is right in one order of each pair:
-`single_accuracy` 0.5, `pair_accuracy` and `consistency` 0.
+A verdict that can be read counts, also where the answer does not keep its form; an unreadable one
+is a wrong one. A judge that always says A is right in one order of each pair: `single_accuracy`
+0.5, `pair_accuracy` and `consistency` 0.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +27,13 @@ def outcomes(verdicts: np.ndarray) -> dict[str, np.ndarray]:
         single_accuracy   mean over the orders asked of p(right)
         pair_accuracy     p_0(right) p_1(right)
         consistency       sum over both answers c of p_0(c) p_1(c)
-        unparseable       mean over the orders asked of p(unreadable)
+        unparseable       mean over the orders asked of p(unreadable: no letter at all)
         first             mean over the orders asked of p(says A | readable)
 
     p_o is the share of the k samples in order o; a product of two is the mean over all k^2 ways to
     put a sample of one order beside one of the other. With k = 1: both orders right, and the same
-    answer chosen in both. An unreadable verdict is consistent with nothing.
+    answer chosen in both. An unreadable verdict is consistent with nothing. Whether an answer keeps
+    its form plays no part.
 
     Args:
       verdicts: As above.
@@ -118,24 +120,22 @@ def measures(
 
 
 def verdicts_of(
-    prompts: Sequence[dict], accuracy: np.ndarray, form: np.ndarray
+    prompts: Sequence[dict], accuracy: np.ndarray, read: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
     """(int8[N, 2, k] verdicts, [N] subsets) of graded answers, pairs in the order of their firsts.
 
-    A right answer chose 0. A wrong one that keeps its form chose 1. A wrong one that does not is
-    taken for unreadable, though it may hold a letter: what cannot be read and what is merely out of
-    form are told apart by the text only.
+    A right answer chose 0, a wrong one with a letter 1, in form or not; one without is unreadable.
 
     Args:
       prompts: P, each with a `record` that has `label`, the letter of the right answer, and
         optionally `pair`, which two prompts in different orders share, and `subset`.
-      accuracy, form: [P, k], 1 where the verdict is the label, and where the form is kept, as of
-        `verdict.agreement` with mode "strict" and two choices.
+      accuracy, read: [P, k], 1 where the verdict is the label, and where there is a verdict, as of
+        `verdict.agreement` with two choices.
 
     Raises:
       ValueError: for a label that is not A or B, or two prompts of one pair in one order.
     """
-    chosen = np.where(accuracy > 0, 0, np.where(form > 0, 1, UNREADABLE)).astype(np.int8)
+    chosen = np.where(accuracy > 0, 0, np.where(read > 0, 1, UNREADABLE)).astype(np.int8)
     rows, subsets = {}, []
     out = np.full((len(prompts), 2, chosen.shape[1]), NOT_ASKED, np.int8)
     for prompt, values in zip(prompts, chosen, strict=True):
@@ -169,7 +169,8 @@ def both_orders(
     samples: int = 2000,
 ) -> Iterator[tuple[str, float]]:
     """Yields `measures` of a judge's sampled verdicts; with n > 1 also "vote/<name>", those of the
-    majority of the n samples (voting@n); and the means "length" and "finished".
+    majority of the n samples (voting@n); and the means "format" (answers that keep their form,
+    whatever they say), "length" and "finished".
 
     Prompts are those of `judges.rows`: with both=True a pair's orders are put together, with one
     order a pair what needs both is left out.
@@ -183,7 +184,7 @@ def both_orders(
 
     Raises:
       ValueError: for several greedy answers, which are all the same; for a reward without the parts
-        accuracy and format; or as `verdicts_of`.
+        accuracy, format and read; or as `verdicts_of`.
 
     References:
       MSRL, arXiv:2603.25108: accuracy on pairs, greedy, or by voting over 16 samples. The orders,
@@ -192,20 +193,22 @@ def both_orders(
     if n > 1 and temperature == 0:
         raise ValueError(f"evals: {n} greedy answers to a prompt are one; set temperature above 0")
     found = predict(prompts, n, temperature)
-    names = [f"{reward}/{part}" for part in ("accuracy", "format")]
+    names = [f"{reward}/{part}" for part in ("accuracy", "format", "read")]
     missing = [name for name in names if name not in found.parts]
     if missing:
         raise ValueError(
             f"evals: a judge needs the parts {', '.join(names)}; the rewards give "
             f"{', '.join(found.parts)}; name the entry of verdict.agreement with reward="
         )
-    verdicts, subsets = verdicts_of(prompts, *(found.parts[name] for name in names))
+    accuracy, form, read = (found.parts[name] for name in names)
+    verdicts, subsets = verdicts_of(prompts, accuracy, read)
     yield from measures(verdicts, subsets, samples=samples)
     if n > 1:
         voted = vote(verdicts, on_tie=on_tie)
         for name, value in measures(voted, subsets, samples=samples):
             if not name.startswith("pairs"):
                 yield f"vote/{name}", value
+    yield "format", float(form.mean())
     yield "length", float(found.length.mean())
     yield "finished", float(found.finished.mean())
 

@@ -112,8 +112,10 @@ def agreement(prompt, answer, record, *, stage="text", mode="strict", choices=CH
       stage, mode, choices: As `parse`.
 
     Returns:
-      dict: `accuracy`, 1 if the verdict is the label; `format`, 1 if the form is kept; in the
-      stages with a type also `task`, 1 if that is named, where "_" and "-" count as spaces.
+      dict: `accuracy`, 1 if the verdict is the label; `format`, 1 if the form is kept; `read`, 1 if
+      there is a verdict at all, right or wrong, also in a broken form, which `WEIGHTS` do not pay
+      for; in the stages with a type also `task`, 1 if that is named, where "_" and "-" count as
+      spaces. Right verdicts are read, and in mode "strict" so are those in form.
 
     Raises:
       ValueError: if the label is missing or no choice, or the task, stage or mode is unknown.
@@ -121,6 +123,7 @@ def agreement(prompt, answer, record, *, stage="text", mode="strict", choices=CH
     References:
       MSRL: released code for accuracy and format, paper and code for the task. The released code
       compares the whole answer with the task where there is no type; so does mode "released".
+      `read` is ours, for measuring.
     """
     del prompt
     _check(stage, mode)  # a sample without a task is read as "text", whatever the stage
@@ -137,6 +140,7 @@ def agreement(prompt, answer, record, *, stage="text", mode="strict", choices=CH
     parts = {
         "accuracy": float(judgement.verdict == label),
         "format": float(judgement.fault is None),
+        "read": float(judgement.verdict is not None),
     }
     if stage != "text":
         named = judgement.blocks.get("type") or (answer if mode == "released" else "")

@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as arrays
 
 from jaxreward.evals import judges
 from jaxreward.evals.sampled import Answered
+from jaxreward.rewards.verdict import agreement
 
 # Five judges of one pair each, greedy: right twice; wrong twice; always A; always B; half unread.
 FIVE = np.int8([[0, 0], [1, 1], [0, 1], [1, 0], [0, -1]])[..., None]
@@ -84,9 +85,10 @@ def prompt(label, **fields):
     return {"record": {"id": f"{fields.get('pair', 'x')}:{label}", "label": label, **fields}}
 
 
-def answered(accuracy, form):
-    accuracy, form = np.float32(accuracy), np.float32(form)
-    parts = {"judge/accuracy": accuracy, "judge/format": form}
+def answered(accuracy, read, form=None):
+    accuracy, read = np.float32(accuracy), np.float32(read)
+    form = read if form is None else np.float32(form)
+    parts = {"judge/accuracy": accuracy, "judge/format": form, "judge/read": read}
     ones = np.ones_like(accuracy)
     return Answered(
         outcome=accuracy, reward=accuracy, length=3 * ones, finished=ones > 0, parts=parts
@@ -122,8 +124,30 @@ def test_the_evaluator():
     assert found["vote/first"] == 0 and "vote/pairs" not in found
     assert (found["pairs"], found["pairs_both"]) == (2, 1)
     assert (found["length"], found["finished"]) == (3, 1)
+    np.testing.assert_allclose(found["format"], 8 / 9)
     one = lambda prompts, n, temperature: answered([[1]] * 3, [[1]] * 3)
     assert not any(name.startswith("vote") for name, _ in judges.both_orders(one, PROMPTS))
+
+
+def test_a_letter_in_a_broken_form_is_a_verdict():
+    """Catches a judge that always says B, out of form, which is taken for one that says nothing."""
+    says = ("B is better. <answer>B</answer>", "<think>x</think><answer>B</answer>", "no idea")
+    both = [prompt(label, pair=f"p{i}") for i in range(3) for label in "AB"]
+
+    def predict(prompts, n, temperature):
+        grades = [agreement("", says[int(p["record"]["pair"][1])], p["record"]) for p in prompts]
+        return answered(*([[g[k]] for g in grades] for k in ("accuracy", "read", "format")))
+
+    found = dict(judges.both_orders(predict, both, samples=10))
+    assert found["single_accuracy"] == pytest.approx(1 / 3)  # the first two, in one order each
+    assert found["unparseable"] == pytest.approx(1 / 3) and found["first"] == 0
+    assert found["consistency"] == found["pair_accuracy"] == 0
+    assert found["format"] == pytest.approx(1 / 3)  # the second, in both orders
+    # One answer said out of form in both orders: wrong, and consistent.
+    wrong = judges.both_orders(lambda *_: answered([[0], [0]], [[1], [1]], [[0], [0]]), both[:2])
+    wrong = dict(wrong)
+    assert (wrong["consistency"], wrong["unparseable"], wrong["format"]) == (1, 0, 0)
+    assert wrong["first"] == 0.5 and wrong["single_accuracy"] == 0
 
 
 @pytest.mark.parametrize(
@@ -153,7 +177,7 @@ def test_what_the_evaluator_cannot_use_is_named():
     with pytest.raises(ValueError, match="4 greedy answers to a prompt are one"):
         run(PROMPTS, n=4)
     with pytest.raises(
-        ValueError, match=r"needs the parts other/accuracy, other/format; .* judge/"
+        ValueError, match=r"needs the parts other/accuracy, other/format, other/read; .* judge/"
     ):
         run(PROMPTS, reward="other")
     with pytest.raises(ValueError, match="'x:C': label must be A or B; got 'C'"):

@@ -90,6 +90,7 @@ def reference(text, label):
     return {
         "accuracy": float(answer == label),
         "format": float(both),
+        "read": float(answer in ("A", "B")),
         "task": float(task == "image generation"),
     }
 
@@ -155,27 +156,49 @@ def test_what_could_not_be_read_is_not_written(think):
 
 def test_rewards_by_hand():
     """Catches parts that are swapped, and a wrong letter that earns its form's reward twice."""
-    assert agreement("", GOOD, {"label": "A"}) == {"accuracy": 1.0, "format": 1.0}
-    assert agreement("", GOOD, {"label": "B"}) == {"accuracy": 0.0, "format": 1.0}
-    assert agreement("", "<answer>A</answer>", {"label": "A"}) == {"accuracy": 1.0, "format": 0.0}
-    assert agreement("", "", {"label": "a"}) == {"accuracy": 0.0, "format": 0.0}
+    graded = lambda answer, label: tuple(agreement("", answer, {"label": label}).values())
+    assert list(agreement("", GOOD, {"label": "A"})) == ["accuracy", "format", "read"]
+    assert graded(GOOD, "A") == (1.0, 1.0, 1.0)
+    assert graded(GOOD, "B") == (0.0, 1.0, 1.0)
+    assert graded("<answer>A</answer>", "A") == (1.0, 0.0, 1.0)
+    assert graded("", "a") == (0.0, 0.0, 0.0)
     record = {"label": "A", "task_type": "image-generation"}
     for stage in ("caption", "media"):
         parts = agreement("", STAGED["caption"], record, stage=stage)
-        assert parts == {"accuracy": 1.0, "format": 1.0, "task": 1.0}
+        assert parts == {"accuracy": 1.0, "format": 1.0, "read": 1.0, "task": 1.0}
         parts = agreement(
             "", STAGED["caption"], {**record, "task_type": verdict.TASKS[0]}, stage=stage
         )
-        assert parts == {"accuracy": 1.0, "format": 1.0, "task": 0.0}
+        assert parts == {"accuracy": 1.0, "format": 1.0, "read": 1.0, "task": 0.0}
     assert verdict.WEIGHTS["paper"] == {"accuracy": 1.0, "format": 0.2, "task": 0.2}
     assert verdict.WEIGHTS["released"]["task"] == pytest.approx(0.2 * 0.2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "strict", "released"),
+    [
+        ("<answer>B</answer>", 1, 1),  # wrong and out of form, and still a verdict
+        ("so <answer> b </answer>", 1, 1),
+        ("B", 0, 1),
+        ("<think>x</think><answer>C</answer>", 0, 0),  # the released form without a verdict
+        ("<think><answer>B</answer>", 0, 1),
+        ("<answer>A</answer><answer>B</answer>", 0, 1),
+        ("B, clearly", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_a_verdict_is_read_or_not_whatever_its_form(answer, strict, released):
+    """Catches a broken form that hides a verdict, and a form that passes for one."""
+    for mode, read in (("strict", strict), ("released", released)):
+        for label in "AB":
+            assert agreement("", answer, {"label": label}, mode=mode)["read"] == read
 
 
 def test_replayed_text_samples_have_no_task():
     """Catches a text sample that is punished for not naming a task, or paid for naming one."""
     for answer, form in ((GOOD, 1.0), (STAGED["caption"], 0.0)):
         parts = agreement("", answer, {"label": "A"}, stage="caption")
-        assert parts == {"accuracy": 1.0, "format": form, "task": 0.0}
+        assert parts == {"accuracy": 1.0, "format": form, "read": 1.0, "task": 0.0}
 
 
 def test_ties_are_verdicts_only_where_they_are_allowed():

@@ -2,8 +2,8 @@
 
 A judge is shown a request and responses A and B. Which of a pair is A is drawn from the seed and
 the pair's id alone, or both orders are made, which is what evaluation needs: a judge that likes
-the first place then scores 50 %. Split pairs into training and evaluation before making rows of
-them (`sources.by_prompt`), so that both orders stay on one side.
+the first place then scores 50 %. What is made of a pair is held out by the pair's request, which it
+carries for `sources.by_prompt`: both orders, and all pairs of one request, stay on one side.
 
 The layouts follow what is known of those of GRAM-R² (arXiv:2509.02492), which MSRL's first stage
 (arXiv:2603.25108) probably used, and of RM-Distiller (arXiv:2601.14032): the sections and what is
@@ -151,8 +151,10 @@ def row(record, first, layout=reasoned, **kw):
       **kw: For the layout.
 
     Returns:
-      dict(id, prompt, label = "A" or "B", first), with subset and weight where the pair has them,
-      and task_type of its other fields. In stage "caption" a field `caption` goes to the layout.
+      dict(id, prompt, label = "A" or "B", first, held_out_by), with subset and weight where the
+      pair has them, and task_type of its other fields. `held_out_by` is the pair's own, else its
+      prompt, or its answers where that is empty. In stage "caption" a field `caption` goes to the
+      layout.
     """
     extra = record.get("extra", {})
     if kw.get("stage") == "caption" and extra.get("caption") is not None:
@@ -162,6 +164,9 @@ def row(record, first, layout=reasoned, **kw):
         "prompt": layout(record["prompt"], record[first], record[_OTHER[first]], **kw),
         "label": "A" if first == "chosen" else "B",
         "first": first,
+        "held_out_by": record.get("held_out_by")
+        or record["prompt"]
+        or f"{plain(record['chosen'])}\n\n{plain(record['rejected'])}",
     }
     kept = {name: record.get(name, extra.get(name)) for name in ("subset", "weight", "task_type")}
     return made | {name: value for name, value in kept.items() if value is not None}
@@ -200,7 +205,7 @@ def completion(record, *, seed, stage="text"):
       seed, stage: As `completions`.
 
     Returns:
-      dict(id, prompt, completion).
+      dict(id, prompt, completion, held_out_by), the last as `row`.
 
     Raises:
       Bad: without a rationale, or with one that could not be read back.
@@ -226,7 +231,8 @@ def completion(record, *, seed, stage="text"):
         )
     except ValueError:
         raise Bad("a rationale or caption that is empty or holds a tag of the form") from None
-    return {"id": record["id"], "prompt": asked["prompt"], "completion": text}
+    kept = {name: asked[name] for name in ("id", "prompt", "held_out_by")}
+    return {**kept, "completion": text}
 
 
 def completions(pairs, *, seed, stage="text"):
@@ -243,7 +249,7 @@ def completions(pairs, *, seed, stage="text"):
         field `caption` is part of what is taught.
 
     Returns:
-      (records, report): dict(id, prompt, completion) as of `conversations.read`, and
+      (records, report): dict(id, prompt, completion, held_out_by) as of `conversations.read`, and
       dict(read, kept, skipped={reason: count}). Warns once if any pair is left out.
 
     Raises:

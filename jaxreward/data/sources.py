@@ -30,6 +30,8 @@ _OTHER_FORMS = (
     (("response_0", "response_1", "better_response_id"), "pku_saferlhf.pairs"),
     (("completion", "label"), "unpaired.pairs"),
 )
+# What `by_prompt` parts by in place of the prompt, in rows of every kind.
+_HELD_OUT_BY = "held_out_by"
 # Columns beside the text without which a row would be another one.
 _NOT_TEXT = ("images", "tools")
 
@@ -64,7 +66,8 @@ def read_pairs(path, *, on_bad="error", limit=None, corpus=None):
     HH-RLHF dialogues; their common beginning is then the prompt. Message lists that repeat the
     given prompt lose the repetition. Optional: `margin` (number), `weight` (number >= 0),
     `chosen_score` and `rejected_score` (numbers, both or neither), `subset` (str), `id` (str or
-    int; else the line number). Null counts as missing.
+    int; else the line number), and in rows of every kind `held_out_by` (str or messages, see
+    `by_prompt`). Null counts as missing.
 
     Args:
       path: As `formats.rows`.
@@ -196,10 +199,12 @@ def _sha256(path):
 
 
 def by_prompt(records, fraction, seed):
-    """Parts records of any kind into (training, held out) by their `prompt`.
+    """Parts records of any kind into (training, held out) by their `held_out_by`, where they have
+    it, else by their `prompt`.
 
     By prompt and not by record: records of one prompt share text. A prompt falls on the same side
-    whatever else is in the data. Where it is empty, as of plain text, the rest is drawn by.
+    whatever else is in the data, and so do records made of it that are held out by it, such as
+    those of `judges.rows`. Where it is empty, as of plain text, the rest is drawn by.
 
     Args:
       records: Dicts with a `prompt`.
@@ -207,7 +212,9 @@ def by_prompt(records, fraction, seed):
       seed: Of the draw.
     """
     text = lambda r: (
-        r["prompt"] or [r.get(k) for k in ("completion", "answer", "chosen", "rejected")]
+        r.get(_HELD_OUT_BY)
+        or r["prompt"]
+        or [r.get(k) for k in ("completion", "answer", "chosen", "rejected")]
     )
     draw = lambda r: hashlib.sha256(f"{seed}:{json.dumps(text(r))}".encode()).digest()
     held = [int.from_bytes(draw(r)[:4]) / 2**32 < fraction for r in records]
@@ -215,7 +222,7 @@ def by_prompt(records, fraction, seed):
 
 
 def read_rows(path, parse, *, what, on_bad="error", limit=None, corpus=None, noted=None):
-    """Reads the rows of a file into records.
+    """Reads the rows of a file into records, with what they are held out by (`record_of`).
 
     Args:
       path: As `formats.rows`.
@@ -247,7 +254,7 @@ def read_rows(path, parse, *, what, on_bad="error", limit=None, corpus=None, not
             for field in _NOT_TEXT:
                 if row.get(field):
                     raise formats.Bad("is not read, only text is; leave such rows out", field=field)
-            records.append(parse(row, number))
+            records.append(record_of(parse, row, number))
         except formats.Bad as bad:
             place = f"{formats.name(path)}:{number}" + (f":{bad.field}" if bad.field else "")
             if on_bad == "error":
@@ -267,6 +274,15 @@ def read_rows(path, parse, *, what, on_bad="error", limit=None, corpus=None, not
             stacklevel=3,
         )
     return records, {"read": read, "kept": len(records), "skipped": skipped}
+
+
+def record_of(parse, row, number):
+    """A row as a record, of whatever kind: parse(row, number), with `held_out_by` (str or messages,
+    see `by_prompt`) where the row has it. Raises `formats.Bad`."""
+    record = parse(row, number)
+    if row.get(_HELD_OUT_BY) is not None:
+        record[_HELD_OUT_BY] = text_of(row, _HELD_OUT_BY)
+    return record
 
 
 def pair_of(row, number):
@@ -385,8 +401,8 @@ def parted(row, names):
 
 
 def with_extra(record, row, fields):
-    """The record, with the row's other fields under "extra"."""
-    extra = {name: value for name, value in row.items() if name not in fields}
+    """The record, with the row's other fields under "extra", but for those of `record_of`."""
+    extra = {k: value for k, value in row.items() if k not in fields and k != _HELD_OUT_BY}
     return {**record, "extra": extra} if extra else record
 
 

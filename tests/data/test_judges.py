@@ -65,11 +65,13 @@ def test_what_a_pair_brings_along():
         "id": "p0",
         "label": "B",
         "first": "rejected",
+        "held_out_by": "Name a prime.",
         "subset": "safety",
         "weight": 0.5,
         "task_type": "image_generation",
     }
-    assert set(judges.row(pair(0), "chosen")) == {"id", "prompt", "label", "first"}
+    none = {"id", "prompt", "label", "first", "held_out_by"}
+    assert set(judges.row(pair(0), "chosen")) == none
 
 
 def test_the_form_that_is_asked_for_is_the_form_that_is_read():
@@ -350,7 +352,8 @@ def test_a_corpus_of_judge_prompts(tmp_path):
     made = judged(tmp_path, "judged.prompts,source=helpsteer3.pairs,seed=3", *rows)
     pairs = [pair(n, subset="general") for n in range(12)]
     want = judges.rows(pairs, seed=3)
-    assert [{"id": r["id"], "prompt": r["prompt"], **r["extra"]} for r in made] == want
+    assert [{k: r[k] for k in r if k != "extra"} | r["extra"] for r in made] == want
+    assert not any("held_out_by" in r["extra"] for r in made)  # no reward is told
     assert {r["extra"]["label"] for r in made} == {"A", "B"}
     for record in made:
         graded = verdict.agreement(
@@ -371,11 +374,59 @@ def test_a_corpus_of_both_orders(tmp_path):
         judged(tmp_path, "judged.prompts", *rows, PAIRS[0])
 
 
-def test_one_order_a_pair_is_held_out_whole(tmp_path):
-    """Catches a pair on both sides of the split."""
-    made = judged(tmp_path, "judged.prompts", *PAIRS[:100], pair(0))
-    train, held = sources.by_prompt(made, 0.3, 0)
-    assert held and not {r["id"] for r in train} & {r["id"] for r in held}
+# Three pairs of each of 30 requests, ten of which are messages.
+ASKED = [
+    pair(
+        n,
+        prompt=f"Request {n % 30}?"
+        if n % 30 < 20
+        else [{"role": "user", "content": f"Request {n % 30}?"}],
+        chosen=f"Yes, {n}.",
+        extra={"rationale": "A is better.", "first": "chosen"},
+    )
+    for n in range(90)
+]
+
+
+@pytest.mark.parametrize("way", ["rows", "corpus", "one order", "completions", "written"])
+def test_a_request_is_held_out_whole(tmp_path, way):
+    """Catches two pairs of a request, or the two orders of a pair, on both sides of the split: from
+    pairs, through either corpus, and through a file of rows; and a side that depends on the way."""
+    flat = [{k: p[k] for k in p if k != "extra"} | p["extra"] for p in ASKED]
+    if way == "rows":
+        made = judges.rows(ASKED, seed=0, both=True)
+    elif way == "corpus":
+        made = judged(tmp_path, "judged.prompts,both=1", *flat)
+    elif way == "one order":
+        made = judged(tmp_path, "judged.prompts", *flat)
+    elif way == "completions":
+        made = judged(tmp_path, "judged.completions", *flat, reader=conversations.read)
+    else:
+        rows = judges.rows(ASKED, seed=0, both=True)
+        made = judged(tmp_path, "judged.prompts", *rows)
+    assert len(made) == (180 if way in ("rows", "corpus", "written") else 90)
+    request = lambda r: int(r["id"].split(":")[0][1:]) % 30
+    want = {request(p) for p in sources.by_prompt(ASKED, 0.3, 0)[1]}
+    assert {n < 20 for n in want} == {True, False}
+    for records in (made, made[::-1]):
+        train, held = sources.by_prompt(records, 0.3, 0)
+        assert {request(r) for r in held} == want
+        assert {request(r) for r in train} == set(range(30)) - want
+
+
+def test_pairs_without_a_prompt_are_held_out_whole():
+    """Catches orders that part where there is no request to hold out by."""
+    bare = [pair(n, prompt="", chosen=f"Seven {n}.") for n in range(40)]
+    train, held = sources.by_prompt(judges.rows(bare, seed=0, both=True), 0.3, 0)
+    assert held and not {r["pair"] for r in train} & {r["pair"] for r in held}
+
+
+def test_pairs_that_say_what_they_are_held_out_by_are_heard(tmp_path):
+    """Catches a pair's own field that the corpus drops, and one that is no text."""
+    (made,) = judged(tmp_path, "judged.prompts", pair(0, held_out_by="a book"))
+    assert made["held_out_by"] == "a book"
+    with pytest.raises(ValueError, match=r"1:held_out_by: must be str or a list of messages"):
+        judged(tmp_path, "judged.prompts", pair(0, held_out_by=3))
 
 
 def test_a_corpus_of_judge_completions(tmp_path):

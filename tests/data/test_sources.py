@@ -350,6 +350,22 @@ def test_a_prompt_is_on_one_side():
     assert sources.by_prompt(records, 0.0, 1) == (records, [])
 
 
+def test_records_are_held_out_by_what_they_say(tmp_path):
+    """Catches a field that a reader drops or hands to rewards, and one that is outweighed by the
+    prompt."""
+    rows = [{"prompt": f"p{i}", "held_out_by": f"book {i % 10}", "n": i} for i in range(40)]
+    path = write(tmp_path, *rows, {"prompt": "p", "held_out_by": None})
+    records = sources.read_prompts(path)
+    assert records[3] == {"id": "4", "prompt": "p3", "held_out_by": "book 3", "extra": {"n": 3}}
+    assert records.pop() == {"id": "41", "prompt": "p"}
+    train, held = sources.by_prompt(records, 0.3, 1)
+    assert train and held
+    assert not {r["held_out_by"] for r in train} & {r["held_out_by"] for r in held}
+    books = [{"prompt": f"book {i}"} for i in range(10)]
+    named = {r["prompt"] for r in sources.by_prompt(books, 0.3, 1)[1]}
+    assert {r["held_out_by"] for r in held} == named
+
+
 def test_skipped_rows_are_noted_where_they_stand(tmp_path):
     """Catches rows that are counted and not noted: no JSON, images, refused by a corpus, and bad;
     and rows noted that are kept."""

@@ -6,10 +6,10 @@
 `source` says which corpus makes pairs of the file's rows; without it they are pairs already. What
 the judge is asked, and which answer is A, is that of `data.judges`.
 
-**Held-out prompts.** A recipe without an `eval_path` holds out by the text of the prompt, which is
-here the whole text for the judge. With one order a pair (`both=0`), no pair stands on both sides;
-two pairs of one request may. With `both=1` the two orders of a pair would part, so give an
-`eval_path`. To learn from one order and evaluate on both, write the rows of the evaluation with
+**Held-out prompts.** A recipe without an `eval_path` holds out by the request that a pair answers,
+which its rows carry in the field `held_out_by`: neither two pairs of one request nor the two orders
+of a pair (`both=1`) stand on both sides, and both recipes hold out the same, with one seed and one
+`eval_fraction`. To learn from one order and evaluate on both, write the rows of the evaluation with
 `judges.rows(..., both=True)`: such rows pass `prompts` as they are.
 """
 
@@ -55,9 +55,10 @@ def prompts(rows, *, source="", seed=0, both=0, stage="text", **kw):
       **kw: Keywords of the source, such as `which=safer` of pku_saferlhf.
 
     Returns:
-      Iterator of the same, with fields as of `judges.row`: id, prompt, label, first; and where they
-      are there pair, subset, weight and task_type. Where the first row of the file has label A or
-      B, first, and no chosen, its rows are of this form already, and pass as they are.
+      Iterator of the same, with fields as of `judges.row`: id, prompt, label, first, held_out_by;
+      and where they are there pair, subset, weight and task_type. Where the first row of the file
+      has label A or B, first, and no chosen, its rows are of this form already, and pass as they
+      are.
 
     Raises:
       ValueError: for a keyword out of range. KeyError: for an unknown source.
@@ -76,8 +77,8 @@ def completions(rows, *, source="", seed=0, stage="text", **kw):
       rows, source, seed, stage, **kw: As `prompts`.
 
     Returns:
-      Iterator of the same, with fields id, prompt and completion. A pair without a rationale, or
-      with one that `judges.completions` refuses, is `Bad`.
+      Iterator of the same, with fields id, prompt, completion and held_out_by. A pair without a
+      rationale, or with one that `judges.completions` refuses, is `Bad`.
 
     Raises:
       ValueError, KeyError: as `prompts`.
@@ -121,7 +122,7 @@ def _made(rows, pairs, make):
         try:
             if isinstance(row, Bad):
                 raise row
-            made = make(sources.pair_of(row, number))
+            made = make(sources.record_of(sources.pair_of, row, number))
         except Bad as bad:
             made = [bad]
         except ValueError as error:

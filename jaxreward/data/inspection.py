@@ -18,6 +18,7 @@ from jaxreward.data import (
     pairs,
     pipeline,
     points,
+    prompts,
     repeats,
     sources,
     tokenize,
@@ -242,17 +243,10 @@ def read(path, kind, *, corpus=None, limit=None):
 # Tokens and lengths
 
 
-def _encode_prompts(tokenizer, records, *, template, max_len=None, on_long="error"):
-    """Prompts as trees without answers. None is too long: what is left is its end."""
-    del on_long
-    trees = []
-    for record in records:
-        row = tokenize.encode_conversation(
-            tokenizer, record["prompt"], template=template, max_len=max_len
-        )
-        tokens = np.asarray(row.tokens, np.int32)
-        trees.append(tokenize.Tree(record["id"], tokens, [], [], truncated=row.truncated))
-    return trees, {"skipped": 0}
+def _encode_prompts(tokenizer, records, **kw):
+    """Prompts as trees without answers, whole: none that is too long is cut."""
+    made, report = prompts.encode(tokenizer, records, **kw)
+    return [tokenize.Tree(prompt["id"], prompt["ids"], [], []) for prompt in made], report
 
 
 def _encode_points(tokenizer, records, **kw):
@@ -281,8 +275,9 @@ def encode(tokenizer, records, kind, *, template="auto", max_len=None):
       dict(lengths: of each record its tokens before any cut, {part: int}, or None where it was
       refused; trees: what training packs; truncated: trees that lost the beginning of their prompt;
       dropped_tokens: how many tokens, over all answers; skipped: records with an answer that alone
-      exceeds max_len; refused: [(id, reason)] of records that cannot be rendered, at which
-      training stops). The parts are prompt, chosen, rejected and longest (prompt and longer
+      exceeds max_len, or of prompts to answer, which are never cut, with a prompt that does;
+      refused: [(id, reason)] of records that cannot be rendered, at which training stops). The
+      parts are prompt, chosen, rejected and longest (prompt and longer
       answer) of pairs; prompt, answer and longest of points; prompt, completion, supervised and
       longest of chats; prompt of prompts. A prompt is what comes before the first supervised token.
 
@@ -460,8 +455,9 @@ def example(record, kind, tokenizer=None, *, template="auto", max_len=None):
       template, max_len: As `tokenize.encode_conversation`.
 
     Returns:
-      dict(id; subset, margin, weight, label, scores where the record has them; too_long = an answer
-      alone exceeds max_len, so training skips the record, shown whole here; answers = [dict(name,
+      dict(id; subset, margin, weight, label, scores where the record has them; too_long = an
+      answer, or a prompt to answer, alone exceeds max_len, so training refuses or skips the record
+      (data.on_bad), shown whole here; answers = [dict(name,
       prompt, answer, supervised, dropped: numbers of tokens, or None without a tokenizer, spans:
       [(text, supervised)], the whole with its prompt)]).
 
@@ -480,11 +476,14 @@ def example(record, kind, tokenizer=None, *, template="auto", max_len=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         whole, _ = _ENCODE[kind](tokenizer, [record], template=template)
-        try:
-            cut, _ = _ENCODE[kind](tokenizer, [record], template=template, max_len=max_len)
-            too_long = False
-        except tokenize.AnswerTooLong:
-            cut, too_long = whole, True
+        cut, too_long = whole, False
+        if kind == "prompts":
+            too_long = max_len is not None and len(whole[0].prompt) > max_len
+        else:
+            try:
+                cut, _ = _ENCODE[kind](tokenizer, [record], template=template, max_len=max_len)
+            except tokenize.AnswerTooLong:
+                too_long = True
     if kind == "pairs":
         names = dict(zip(whole[0].pairs[0], sides))
         names = [names[j] for _, j in _all(whole)]

@@ -145,9 +145,10 @@ def _examples(report, colour):
             facts.append(f"scores {_scores(example['scores'])}")
         lines += ["", *_wrapped("  ".join(facts))]
         if example["too_long"]:
-            lines += _wrapped(
-                f"skipped in training: an answer alone exceeds max_len {report['max_len']}; whole:"
-            )
+            what = "skipped in training: an answer alone"
+            if report["kind"] == "prompts":
+                what = "refused, or skipped with data.on_bad=skip: the prompt"
+            lines += _wrapped(f"{what} exceeds max_len {report['max_len']}; whole:")
         lines += _answers(example["answers"], colour)
     return [title, *lines]
 
@@ -245,6 +246,8 @@ def _cut(report):
     encoded, packed, kind = report["encoded"], report["packing"], report["kind"]
     longest = max(report["lengths"][_longest(report)])
     lines = []
+    if kind == "prompts":
+        return _too_long(report, longest)
     if report["max_len"] is None:
         title = f"Cut off: nothing, as no --max_len is given; the longest takes {longest:,} tokens"
     else:
@@ -255,9 +258,8 @@ def _cut(report):
             f"{cut:,} of {_count(of, 'prompt')} lose theirs ({_percent(cut / of if of else 0)}), "
             f"{_count(gone, 'token')} over all answers",
         )
-        if kind != "prompts":
-            of = _count(report["read"]["kept"], _ONE[kind])
-            lines += _fact("skipped", f"{encoded['skipped']:,} of {of}: an answer alone is longer")
+        of = _count(report["read"]["kept"], _ONE[kind])
+        lines += _fact("skipped", f"{encoded['skipped']:,} of {of}: an answer alone is longer")
     if packed:
         lines += _fact(
             "packing",
@@ -266,6 +268,21 @@ def _cut(report):
             f"{_percent(packed['efficiency'])} of the slots hold tokens",
         )
     return [title, *lines]
+
+
+def _too_long(report, longest):
+    """Of prompts to answer: none is cut, as what a cut prompt asks is another question."""
+    if report["max_len"] is None:
+        return [f"Too long: none, as no --max_len is given; the longest takes {longest:,} tokens"]
+    many, of = report["encoded"]["skipped"], report["read"]["kept"]
+    share = f"{many:,} of {_count(of, 'prompt')} ({_percent(many / of)})"
+    what = f"none of {_count(of, 'prompt')}; the longest takes {longest:,} tokens"
+    if many:
+        what = (
+            f"{share}; none is cut: training stops at the first of them, or with data.on_bad=skip "
+            f"leaves them out and says how many. The longest takes {longest:,} tokens"
+        )
+    return [f"Too long for --max_len {report['max_len']}", *_fact("prompts", what)]
 
 
 def _longest(report):

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 
 from jaxreward import testing
-from jaxreward.data import inspection, inspection_text, pairs, points, tokenize
+from jaxreward.data import inspection, inspection_text, pairs, points, prompts, tokenize
 from jaxreward.data.corpora import helpsteer3
 
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
@@ -240,10 +240,15 @@ def test_lengths_of_chats_and_prompts(tokenizer):
         "supervised": len(" 2") + 1 + len(" four") + 1,
         "longest": whole,
     }
-    prompts = [{"id": "1", "prompt": "hi"}, {"id": "2", "prompt": "hello there"}]
-    found = inspection.encode(tokenizer, prompts, "prompts", max_len=AROUND + 4)
+    asked = [{"id": "1", "prompt": "hi"}, {"id": "2", "prompt": "hello there"}]
+    found = inspection.encode(tokenizer, asked, "prompts", max_len=AROUND + 4)
     assert found["lengths"] == [{"prompt": AROUND + 2}, {"prompt": AROUND + 11}]
-    assert (found["truncated"], found["dropped_tokens"], found["skipped"]) == (1, 7, 0)
+    assert (found["truncated"], found["dropped_tokens"], found["skipped"]) == (0, 0, 1)
+    assert [tree.id for tree in found["trees"]] == ["1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        made, counts = prompts.encode(tokenizer, asked, max_len=AROUND + 4, on_long="skip")
+    assert [p["id"] for p in made] == ["1"] and counts["skipped"] == 1
 
 
 POINTS = [
@@ -457,6 +462,28 @@ def test_the_text_of_labelled_answers(file, tokenizer):
     ):
         assert part in flat, part
     assert "--kind" not in inspection_text.render(inspection.inspect(path, kind="points"))
+
+
+def test_the_text_of_prompts_says_that_none_is_cut(file, tokenizer):
+    """Catches prompts shown as if they lost their beginning, at which training stops."""
+    path = file({"prompt": "hi"}, {"prompt": "hello there"}, {"prompt": "x" * 30})
+    seen = lambda **kw: inspection.inspect(path, tokenizer=tokenizer, show=2, **kw)
+    flat = lambda report: " ".join(inspection_text.render(report).split())
+    text = flat(seen(max_len=AROUND + 4))
+    for part in (
+        "2. id 2 refused, or skipped with data.on_bad=skip: the prompt exceeds max_len 23; whole: "
+        "prompt, 30 tokens │ <|im_start|>user↵ │ hello there",
+        "Too long for --max_len 23 prompts 2 of 3 prompts (66.7 %); none is cut: training stops at "
+        "the first of them, or with data.on_bad=skip leaves them out and says how many. The longest"
+        " takes 49 tokens",
+        "prompt 21 30 33.3 47 49",
+    ):
+        assert part in text, part
+    assert text.count("refused, or skipped") == 1 and "cut off" not in text.lower()
+    assert "Too long for --max_len 49 prompts none of 3 prompts" in flat(seen(max_len=49))
+    report = seen(max_len=5)
+    assert report["encoded"]["kept"] == 0 and "3 of 3 prompts (100.0 %)" in flat(report)
+    assert "Too long: none, as no --max_len is given; the longest takes 49" in flat(seen())
 
 
 def test_the_text_fits_and_cannot_steer_a_terminal(rows, tokenizer):

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxreward.core.types import Trajectory
 from jaxreward.models import decoder
+from jaxreward.parallel import specs
 from jaxreward.parallel.rules import Rules
 from jaxreward.sampling import autoregressive
 
@@ -71,12 +72,15 @@ class Engine:
         Args:
           cfg: The model.
           max_prompt: Most tokens of a prompt; all prompts are padded to the next power of two.
+            Their number is not, as every row is decoded until the last answer ends: a round has a
+            row for each prompt, and as many more as it takes to divide over the devices.
           max_new: Most tokens of an answer.
           choose, stop, matcher, rules, slots, cache_dtype: As `autoregressive.sample`.
         """
         self._cfg, self._rules = cfg, rules
         self._max_prompt = max_prompt
         self._length = max(16, 1 << (max_prompt - 1).bit_length())
+        self._ways = rules.mesh.shape["data"] * rules.mesh.shape["fsdp"] if rules else 1
         self._settings = dict(
             max_new=max_new,
             choose=choose,
@@ -93,11 +97,18 @@ class Engine:
         self.utilisation = float("nan")
 
     def publish(self, params: PyTree, version: int) -> None:
-        """Copies the weights: the step that follows gives its own buffers away."""
-        self._params, self._version = self._copy(params), version
+        """Copies the weights, onto this engine's devices if they are elsewhere: the step that
+        follows gives its own buffers away."""
+        self._version = version
+        devices = jax.tree.leaves(params)[0].sharding.device_set
+        if self._rules is None or devices == set(self._rules.mesh.devices.flat):
+            self._params = self._copy(params)
+        else:
+            here = specs.shardings(decoder.specs(self._cfg), self._rules)
+            self._params = jax.device_put(params, here)
 
     def submit(self, prompts: Sequence[np.ndarray], answers: int, key: jax.Array) -> None:
-        """Starts sampling.
+        """Starts sampling. One program is compiled for each number of prompts and of answers.
 
         Raises:
           ValueError: before the first `publish`, or for a prompt longer than `max_prompt`.
@@ -109,7 +120,8 @@ class Engine:
             raise ValueError(
                 f"a prompt takes {longest} tokens, more than the {self._max_prompt} of this engine"
             )
-        tokens, mask = autoregressive.padded(prompts, length=self._length)
+        rows = -(-len(prompts) // self._ways) * self._ways
+        tokens, mask = autoregressive.padded(prompts, rows=rows, length=self._length)
         keys = jax.random.split(key, len(tokens) * answers)
         settings = dict(self._settings)
         if settings["slots"] is not None:

@@ -12,13 +12,15 @@ import pytest
 
 from jaxreward import presets
 from jaxreward.core.types import Trajectory
-from jaxreward.evals import sampled
 from jaxreward.models import decoder
 from jaxreward.parallel import specs as sp
+from jaxreward.parallel.mesh import make_mesh
+from jaxreward.parallel.rules import Rules
 from jaxreward.recipes import online_rl
-from jaxreward.sampling import rollouts
+from jaxreward.sampling import autoregressive, rollouts
 from jaxreward.sampling.choose import Temperature
 from jaxreward.testing import tiny_config
+from jaxreward.train import plan
 
 CFG = tiny_config(vocab=64)
 RNG = np.random.default_rng(0)
@@ -110,6 +112,41 @@ def test_slots_change_nothing(params, groups):
     assert said(few) == said(groups)
     for got, want in zip(itertools.chain(*few), itertools.chain(*groups), strict=True):
         np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
+
+
+def test_no_row_is_decoded_that_holds_no_prompt(engine, params, groups):
+    """Catches rows that fill up a round: they change no token and take no turn of the loop, but
+    would be computed in each. And a program that is compiled again for the same number of prompts.
+    """
+    given = dict(max_new=6, choose=Temperature(1.5), stop=jnp.arange(12), samples=3)
+    tokens, mask = autoregressive.padded(PROMPTS, length=16)
+    assert len(tokens) == 4
+    filled = autoregressive.sample(params, CFG, tokens, mask, jax.random.split(KEY, 12), **given)
+    length = np.asarray(filled.length)
+    want = [row[:n].tolist() for row, n in zip(np.asarray(filled.tokens), length)]
+    assert [t for group in said(groups) for t in group] == want[:9]
+    assert int(filled.steps) == length.max() and not length[9:].any()
+    engine.publish(params, 4)
+    with plan.compilations() as found:
+        asked(engine, PROMPTS[::-1])
+        asked(engine)
+    assert not found["jit(sample)"]
+    assert engine.utilisation == pytest.approx(length.sum() / (9 * length.max()))
+    assert engine.utilisation == pytest.approx(12 / 9 * float(filled.utilisation))
+
+
+def test_rows_divide_over_the_devices(params, monkeypatch):
+    """Catches rows that a mesh cannot split, so that every device decodes all of them."""
+    shapes = []
+    noted = lambda params, cfg, tokens, mask, keys, **_: shapes.append(
+        (*tokens.shape, int(mask.any(axis=1).sum()), len(keys))
+    )
+    monkeypatch.setattr(autoregressive, "sample", noted)
+    for sizes, prompts in (({"data": 2, "fsdp": 2}, 3), ({"data": 2, "fsdp": 2}, 5), (None, 5)):
+        engine = make(rules=sizes and Rules(make_mesh(sizes)))
+        engine.publish(params, 0)
+        engine.submit((PROMPTS * 2)[:prompts], 2, KEY)
+    assert shapes == [(4, 16, 3, 8), (8, 16, 5, 16), (5, 16, 5, 10)]
 
 
 def test_published_weights_are_a_copy(engine, params, groups):
@@ -252,21 +289,10 @@ def test_an_engine_in_another_process_drives_the_rounds(tiny_folder, tmp_path):
     )
     made.unlock()
     made.rewards = dict(vowels=dict(fn="jaxreward.testing:vowels", weights=dict(share=1.0)))
-    built = online_rl.build(made.lock(), tmp_path)
-    vocab = built.plan.cfg.vocab
+    vocab = tiny_config().vocab
     elsewhere = Elsewhere(tmp_path, vocab)
-    rounds = online_rl.Rounds(
-        made,
-        engine=elsewhere,
-        grader=sampled.Grader(made, built.tokenizer),
-        records=built.train,
-        plan=built.plan,
-        frozen=built.frozen,
-        start=built.state.params,
-        key=jax.random.key(0),
-        where=built.rules,
-        workdir=tmp_path,
-    )
+    built = online_rl.build(made.lock(), tmp_path, engine=elsewhere)
+    rounds = built.batches
     state, gaps, versions, seen = built.state, [], [], []
     for _ in range(2):
         rounds.before(state)
@@ -282,4 +308,3 @@ def test_an_engine_in_another_process_drives_the_rounds(tiny_folder, tmp_path):
     assert all(1e-4 < gap < 1 for gap in gaps)
     elsewhere.close()
     rounds.close()
-    built.batches.close()

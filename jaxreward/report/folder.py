@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 from jaxreward.report import words
@@ -20,12 +21,12 @@ def read(workdir) -> dict:
 
     Args:
         workdir: folder with metrics.jsonl and/or evals/*.json, and optionally config.json,
-            environment.json and samples.jsonl.
+            environment.json, samples.jsonl and answers/NNNNNN.jsonl, one file a round.
 
     Returns:
         dict with `name` str, `steps` {step: {key: number}} in step order, `evals` list,
-        `samples` list, `config` and `environment` dict or None, `files` list of
-        (name, bytes, sha256), `notes` list of str.
+        `samples` list, `rounds` list of the first and the last round of answers, `config` and
+        `environment` dict or None, `files` list of (name, bytes, sha256), `notes` list of str.
 
     Raises:
         FileNotFoundError: no such folder, or neither metrics nor a readable evaluation in it.
@@ -94,7 +95,14 @@ def read(workdir) -> dict:
             f"one evaluation in evals/; found: {' '.join(run['notes'])} "
             "Train or evaluate into this folder first."
         )
-    without = "no sample answers and no score histogram"
+    files = [p for p in (workdir / "answers").glob("*.jsonl") if re.fullmatch("[0-9]+", p.stem)]
+    rounds = sorted((int(p.stem), f"answers/{p.name}") for p in files)
+    run["rounds"] = [
+        {"number": n} | _round(name, lines(name, "no answers of that round"), run["notes"])
+        for n, name in dict.fromkeys((*rounds[:1], *rounds[-1:]))
+    ]
+    run["rounds"] = [found for found in run["rounds"] if found["prompts"]]
+    without = "no score histogram" if run["rounds"] else "no sample answers and no score histogram"
     run["samples"] = _samples(lines("samples.jsonl", without), run["notes"])
     run["evals"].sort(key=lambda e: "selectors" in e)  # best-of-n after the plain evaluations
     for i, evaluation in enumerate(run["evals"]):
@@ -202,13 +210,7 @@ def _samples(records: list[dict], notes: list[str]) -> list[dict]:
     """[{prompt str, answers [{text, score float|None, correct bool|None}]}], best score first."""
     samples, bad = [], 0
     for record in records:
-        prompt, answers = record.get("prompt"), record.get("answers")
-        if isinstance(prompt, list):
-            prompt = "\n\n".join(
-                f"{m.get('role', '')}: {m.get('content', '')}"
-                for m in prompt
-                if isinstance(m, dict)
-            )
+        prompt, answers = _dialogue(record.get("prompt")), record.get("answers")
         whole = isinstance(prompt, str) and isinstance(answers, list)
         if not whole or not all(
             isinstance(a, dict) and isinstance(a.get("text"), str) for a in answers
@@ -231,3 +233,44 @@ def _samples(records: list[dict], notes: list[str]) -> list[dict]:
             f"samples.jsonl: {words.count(bad, 'record')} without a prompt and answers skipped."
         )
     return samples
+
+
+def _round(name: str, records: list[dict], notes: list[str]) -> dict:
+    """{prompts [{prompt str, answers [{text, reward float|None, parts {name: float}, finished
+    bool|None, tokens int|None}]}]}, all in the order of the file."""
+    prompts, bad = {}, 0
+    for record in records:
+        prompt, answer, parts = (record.get(k) for k in ("prompt", "answer", "parts"))
+        prompt = _dialogue(prompt)
+        if not isinstance(prompt, str) or not isinstance(answer, str):
+            bad += 1
+            continue
+        reward, tokens, finished = (record.get(k) for k in ("reward", "tokens", "finished"))
+        whole = isinstance(tokens, int) and words.is_number(tokens) and words.finite(tokens)
+        parts = parts.items() if isinstance(parts, dict) else ()
+        # Ids may repeat, and so may prompts.
+        answers = prompts.setdefault((str(record.get("id")), prompt), [])
+        answers.append(
+            {
+                "text": answer,
+                "reward": reward if words.is_number(reward) else None,
+                "parts": {part: value for part, value in parts if words.is_number(value)},
+                "finished": finished if isinstance(finished, bool) else None,
+                "tokens": tokens if whole else None,
+            }
+        )
+    if bad:
+        notes.append(
+            f"{name}: {words.count(bad, 'record')} without a prompt and an answer skipped."
+        )
+    shown = [{"prompt": prompt, "answers": rows} for (_, prompt), rows in prompts.items()]
+    return {"prompts": shown}
+
+
+def _dialogue(prompt):
+    """Messages as text; anything else as it is."""
+    if not isinstance(prompt, list):
+        return prompt
+    return "\n\n".join(
+        f"{m.get('role', '')}: {m.get('content', '')}" for m in prompt if isinstance(m, dict)
+    )

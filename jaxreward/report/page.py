@@ -24,6 +24,7 @@ __all__ = ["picture", "write"]
 PROMPTS = 8  # sample prompts shown
 ANSWERS = 8  # answers shown per prompt
 TEXT = 1500  # characters of one prompt or answer shown
+TAKEN = 2, 3  # prompts of a round of training, and answers to each, shown
 
 
 def write(workdir, out=None) -> Path:
@@ -64,6 +65,7 @@ def write(workdir, out=None) -> Path:
         histogram=next((c for c in pictures if c["kind"] == "histogram"), None),
         samples=[_sample_view(s) for s in run["samples"][:PROMPTS]],
         sample_count=len(run["samples"]),
+        rounds=[_round_view(r, i, run["rounds"]) for i, r in enumerate(run["rounds"])],
         config=_flat(run["config"] or {}),
         environment=_flat(run["environment"] or {}),
         provenance=_provenance(run),
@@ -208,6 +210,27 @@ def _sample_view(sample: dict) -> dict:
         "answers": answers[:ANSWERS],
         "more": len(answers) - ANSWERS if len(answers) > ANSWERS else 0,
     }
+
+
+def _round_view(found: dict, place: int, rounds: list[dict]) -> dict:
+    said = {True: "finished", False: "cut off", None: ""}
+    which = "Only" if len(rounds) == 1 else ("First", "Last")[place]
+    prompts, answers = TAKEN
+    shown = []
+    for prompt in found["prompts"][:prompts]:
+        rows = [
+            {
+                "text": _cut(a["text"]),
+                "reward": words.number(a["reward"]),
+                "ended": said[a["finished"]],
+                "about": [f"{name} {words.number(value)}" for name, value in a["parts"].items()]
+                + [words.count(n, "token") for n in [a["tokens"]] if n is not None],
+            }
+            for a in prompt["answers"][:answers]
+        ]
+        more = len(prompt["answers"]) - len(rows)
+        shown.append({"prompt": _cut(prompt["prompt"]), "answers": rows, "more": more})
+    return {"title": f"{which} round, number {found['number']:,}", "prompts": shown}
 
 
 def _cut(text: str) -> str:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxreward.report import charts, folder, page, words
+from jaxreward.report import charts, folder, page
 
 HOSTILE = (
     '</script><script>alert(1)</script><img src="http://evil.test/x.png" onerror=alert(1)> & $x$'
@@ -480,57 +480,58 @@ def test_answers_are_sorted_by_score(run_folder):
     assert "3 without a verdict or a finite score left out" in text
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [
-        (0.01, 0.08, "a is higher than b: the whole interval lies above zero."),
-        (-0.08, -0.01, "a is lower than b: the whole interval lies below zero."),
-        (0.0, 0.08, "Undecided: the interval includes zero, so these 250 problems do not tell"),
-        (None, None, "No interval was recorded, so no verdict."),
-    ],
-)
-def test_the_verdict_follows_the_interval(low, high, said):
-    """Catches a win that is claimed although the interval holds zero, or the wrong way round."""
-    pair = {"a": "a", "b": "b", "metric": "solved", "difference": 0.04, "low": low, "high": high}
-    assert words.verdict(pair, 250).startswith(said)
+def answers(root, number, *lines):
+    (root / "answers").mkdir(exist_ok=True)
+    text = "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines)
+    (root / "answers" / f"{number:06d}.jsonl").write_text(text)
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (0.123456, "0.1235"),
-        (-2.5, "−2.5"),
-        (2e-5, "2e−5"),
-        (12_345.6, "12,346"),
-        (1_500_000, "1,500,000"),
-        (3.0, "3"),
-        (0.0, "0"),
-        (-0.0, "0"),
-        (2.5e12, "2.5e12"),
-        (math.nan, "not finite"),
-        (10**400, "not finite"),
-        (None, "–"),
-    ],
-)
-def test_numbers_are_written_for_reading(value, shown):
-    """Catches 0.12345600000000001, 1.235e+04 and a crash on a number no float can hold."""
-    assert words.number(value) == shown
+def answer(text, reward=0.25, finished=True, prompt="1 + 1?", **more):
+    known = {"round": 0, "id": "7", "prompt": prompt, "answer": text, "reward": reward}
+    parts = {"math/accuracy": 0.0, "length/tail": reward}
+    return known | {"parts": parts, "tokens": 12, "finished": finished} | more
 
 
-def test_labels_are_one_line_and_keep_both_ends():
-    """Catches set_1 and set_2 of one family under the same label, and a label of two lines."""
-    assert words.label("a_long_name_of_an_evaluation_set_12") == "a_long_name_…tion_set_12"
-    assert words.label("two\nlines\x07 here") == "two lines here"
-
-
-def test_shares_are_per_cent_and_other_values_are_not():
-    """Catches a learning rate of 0.00002 shown as 0.0 %, and an accuracy shown as 0.712."""
-    assert words.percent(0.7123) == "71.2\u00a0%"
-    assert words.is_share("eval/heldout/accuracy", 0.7) and words.is_share("win_rate", 0.5, None)
-    assert not words.is_share("train/learning_rate", 0.1) and not words.is_share("lr", 0.1)
-    assert not words.is_share("accuracy", 71.2)
-    assert words.interval(0.683, 0.739, True) == "68.3 to 73.9\u00a0%"
-    assert words.points(0.0625, True) == "+6.2" and words.points(-1.5, False) == "−1.5"
+def test_answers_of_the_first_and_the_last_round_are_shown(tmp_path):
+    """Catches answers of a round between, another order, a lost reward, part or cut, and more of
+    them than can be read; HTML in an answer, a prompt or the name of a part must be text."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.7}\n')
+    chat = [{"role": "user", "content": "2 + 2?"}]
+    first = [answer(f"first {i}", reward=i) for i in range(5)]
+    answers(tmp_path, 0, *first, answer("four", prompt=chat), answer("six", prompt="3 + 3?"))
+    answers(tmp_path, 1, answer("between"))
+    answers(
+        tmp_path,
+        10,
+        answer(HOSTILE, prompt=HOSTILE, parts={HOSTILE: 1.5}, finished=False),
+        answer("bare", parts=None, tokens=None, finished=None, reward=None, prompt=HOSTILE),
+        {"prompt": "no answer"},
+        '{"cut',
+    )
+    (tmp_path / "answers" / "mine.jsonl").write_text("{}\n")
+    file = page.write(tmp_path)
+    found, text = parsed(file), file.read_text("utf-8")
+    flat = " ".join(found.text.split())
+    for part in (
+        "Answers in training",
+        "First round, number 0 Prompt 1 1 + 1? 0 finished first 0 math/accuracy 0 · length/tail 0 "
+        "· 12 tokens 1 finished first 1 math/accuracy 0 · length/tail 1 · 12 tokens 2 finished",
+        "2 more answers in the file. Prompt 2 user: 2 + 2? 0.25 finished four",
+        f"Last round, number 10 Prompt 1 {HOSTILE} 0.25 cut off {HOSTILE} {HOSTILE} 1.5 · 12 tokens"
+        " – bare",
+        "answers/000010.jsonl: 1 unreadable line skipped.",
+        "answers/000010.jsonl: 1 record without a prompt and an answer skipped.",
+        "No samples.jsonl in the run folder: no score histogram.",
+    ):
+        assert part in flat, part
+    for gone in ("first 3", "six", "between", "mine.jsonl", "000001"):
+        assert gone not in flat, gone
+    assert "<img" not in text and text.count("<script") == 1 and not found.unclosed
+    read = [name for name, *_ in folder.read(tmp_path)["files"]]
+    assert read[-2:] == ["answers/000000.jsonl", "answers/000010.jsonl"]
+    for number in (0, 1):
+        (tmp_path / "answers" / f"{number:06d}.jsonl").unlink()
+    assert "Only round, number 10" in parsed(page.write(tmp_path)).text
 
 
 def test_key_figures_provenance_and_tables_are_in_the_page(finished):

@@ -1,6 +1,7 @@
 """A Hugging Face folder into a parameter tree: safetensors only, no torch, no remote code."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -149,15 +150,21 @@ def _expected(table, cfg) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@functools.lru_cache(maxsize=256)
+def _programs(shape, dtype, where):
+    """(makes an empty stack, writes one layer into it in place); leaves of one shape share them."""
+    empty = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
+    write = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
+    return empty, jax.jit(write, donate_argnums=0, out_shardings=where)
+
+
 def _stacker(param: sp.Param, dtype, rules):
     """(an empty stack, a function that writes one layer into it in place)."""
     axes = param.axes
     where = rules and rules.sharding(axes, param.shape, layout="storage")
     part = rules and rules.sharding(axes[1:], param.shape[1:], layout="storage")
-    empty = jax.jit(lambda: jnp.zeros(param.shape, dtype), out_shardings=where)()
-    write = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
-    write = jax.jit(write, donate_argnums=0, out_shardings=where)
-    return empty, lambda stack, x, i: write(stack, hosts.put(x, part), i)
+    empty, write = _programs(tuple(param.shape), dtype, where)
+    return empty(), lambda stack, x, i: write(stack, hosts.put(x, part), i)
 
 
 def _leaf(files, entry, param: sp.Param, depth, dtype, rules):

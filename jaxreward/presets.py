@@ -97,6 +97,7 @@ def decoder(
     output_weights=(),
     head_hidden=0,
     head_dropout=0.0,
+    value=None,
 ):
     """One entry of `models`: a decoder and its head.
 
@@ -109,6 +110,7 @@ def decoder(
         takes the default of the head (`models.heads.reward`).
       head_hidden, head_dropout: Width of a hidden layer of a reward's head (0: linear), and the
         share of its inputs that training drops.
+      value: Whether a policy ("lm") has a value head beside its own; None where no recipe asks.
     """
     model = {
         "family": "decoder",
@@ -122,6 +124,8 @@ def decoder(
     }
     if head != "lm":
         model |= {"head_hidden": head_hidden, "head_dropout": float(head_dropout)}
+    if value is not None:
+        model["value"] = value
     if outputs is not None:
         model |= {"outputs": tuple(outputs), "output_weights": tuple(output_weights)}
     return model
@@ -187,6 +191,10 @@ def rollouts(
     timeout=10.0,
     offsets=False,
     show=2,
+    ahead=0,
+    devices=0,
+    replay=0,
+    replay_path="",
 ):
     """How the answers of a round are sampled, graded and used.
 
@@ -209,6 +217,9 @@ def rollouts(
       workers, timeout: Processes of the rewards (0 = none, in this one), seconds for one call.
       offsets: Tell rewards the characters of each token.
       show: Prompts a round whose answers are written to answers/.
+      ahead: 1 samples a round from the weights before the last round's updates, so that sampling
+        and updates can overlap. devices: The last devices, that only sample; 0 = all do both.
+      replay, replay_path: New prompts to one older prompt, and the file of those; 0 = none.
     """
     return {
         "prompts": prompts,
@@ -235,6 +246,10 @@ def rollouts(
         "timeout": float(timeout),
         "offsets": offsets,
         "show": show,
+        "ahead": ahead,
+        "devices": devices,
+        "replay": replay,
+        "replay_path": replay_path,
     }
 
 

@@ -2,7 +2,7 @@
 
 Data: HelpSteer3-Preference, whose annotators' feedback is the rationale; ties and pairs without a
 rationale are skipped and counted. GRAM-R² has rationales as well: data.corpus=judged.completions,
-source=gram.pairs. Without an `eval_path`, `eval_fraction` of the prompts is held out.
+source=gram.pairs. Without an `eval_path`, `eval_fraction` of the requests is held out.
 
 Command:
     jaxreward train --config msrl/rationale_sft --workdir runs/judge_sft \\

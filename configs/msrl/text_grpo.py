@@ -2,8 +2,9 @@
 
 Data: GRAM-R²'s pairs; any other of docs/data.md by its name, such as
 data.corpus=judged.prompts,source=helpsteer3.pairs. Which answer is A is drawn pair by pair. Without
-an `eval_path`, `eval_fraction` of the prompts is held out, in one order each; for both orders write
-the file of the evaluation as docs/papers/msrl.md shows. Longer prompts than max_len are skipped.
+an `eval_path`, `eval_fraction` of the requests is held out, in one order each; for both orders
+write the file of the evaluation as docs/papers/msrl.md shows. Longer prompts than max_len are
+skipped.
 
 Command:
     jaxreward train --config msrl/text_grpo --workdir runs/judge \\

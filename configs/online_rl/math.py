@@ -14,21 +14,26 @@ Command:
 Cost: not measured.
 Expected: not measured.
 Vary: docs/policy_objectives.md has the settings of DAPO, Dr. GRPO, GSPO, RLOO, REINFORCE++, DLER.
+    `:ppo` is PPO with a value head on the policy's states. `:one_step_off` samples a round while
+    the last one is learnt from; give the sampler devices with rollouts.devices.
 Smoke: --config online_rl/math:smoke takes a random toy model and small sums.
 
 Reference: Shao et al. 2024, "DeepSeekMath: Pushing the limits of mathematical reasoning in open
 language models", arXiv:2402.03300, section 4.1. Deviations: the mean is over the tokens of the
-batch (DAPO's), and one update is made of each round.
+batch (DAPO's), and one update is made of each round. `:ppo` is Schulman et al. 2017,
+arXiv:1707.06347, with the divergence in the reward, arXiv:1909.08593; a value head that shares the
+policy's states, its coefficient and two passes over a round are ours.
 """
 
 from jaxreward import presets
 
 
 def get_config(arg=""):
-    """The config; `arg` knows the word smoke."""
-    c = presets.base(arg)
+    """The config; `arg` knows the words ppo, one_step_off and smoke."""
+    words = presets.parse_arg(arg, ppo=False, one_step_off=False)
+    c = presets.base(arg, ppo=False, one_step_off=False)
     c.recipe = "online_rl"
-    c.models = dict(policy=presets.decoder("lm", train="all", top_layers=0))
+    c.models = dict(policy=presets.decoder("lm", train="all", top_layers=0, value=False))
     c.data = presets.prompts(max_len=512)
     c.rollouts = presets.rollouts(
         prompts=16, answers=8, max_new=512, outcome="answer/accuracy", filter="outcome"
@@ -49,6 +54,14 @@ def get_config(arg=""):
         decay=0.01,
         decay_mask=".*/kernel(/[ab])?",  # with adapters there is nothing else to decay
     )
+    if words["one_step_off"]:
+        c.rollouts.update(ahead=1, importance="token")
+    if words["ppo"]:
+        c.models.policy.value = True
+        c.rollouts.update(filter="none", updates=2, epochs=2, whiten=True, reward_kl=0.05)
+        c.advantages = dict(fn="advantage.ppo", gamma=1.0, lam=0.95)
+        c.losses.policy.clip_high = 0.2
+        c.losses.value = dict(fn="policy.value_loss", coef=0.1, clip=0.2)
     c.mesh = presets.mesh()
     c.train = presets.train(epochs=1, log_every=1, save_every=20, eval_every=20, compute="float32")
     c.evals = dict(heldout=dict(fn="sampled.answers", n=1, temperature=0.0))

@@ -174,6 +174,8 @@ class RolloutRows(Rows):
       old_logps: By the trainer's forward pass when the answers were sampled, float32[B, S]; None
         where each answer is used for one update, before which nothing has changed.
       ref_logps: Of the reference, float32[B, S]; None without one.
+      old_values, returns: Of the value head when the answers were sampled, and what it is to learn,
+        float32[B, S]; None without one.
     """
 
     source: Int[Array, "B S"] = None
@@ -185,6 +187,8 @@ class RolloutRows(Rows):
     weight: Float[Array, "B S"] = None
     old_logps: Float[Array, "B S"] | None = None
     ref_logps: Float[Array, "B S"] | None = None
+    old_values: Float[Array, "B S"] | None = None
+    returns: Float[Array, "B S"] | None = None
 
     def validate(self):
         """As `Rows.validate`, and that tokens belong to answers that are there."""
@@ -193,8 +197,9 @@ class RolloutRows(Rows):
         shape = None if self.answer is None else self.answer.shape
         for name in ("source", "target", "answer"):
             _scored(self, name, shape, np.integer)
-        for name in ("sampler_logps", "advantages", "weight", "old_logps", "ref_logps"):
-            if getattr(self, name) is not None or not name.endswith(("old_logps", "ref_logps")):
+        optional = ("old_logps", "ref_logps", "old_values", "returns")
+        for name in ("sampler_logps", "advantages", "weight", *optional):
+            if getattr(self, name) is not None or name not in optional:
                 _scored(self, name, shape, np.floating)
         if self.group is None or self.group.ndim != 2 or len(self.group) != B:
             came = None if self.group is None else list(self.group.shape)

@@ -85,10 +85,10 @@ def minibatches(groups, *, count, row_len, answers_per_row, multiple):
     Returns:
       (batches, efficiency): for each minibatch the arrays of `RolloutRows` that are known from
       sampling, as dict of tokens, mask, loss_mask, positions, segments, trunk; source, target,
-      answer i32[R, S] and sampler_logps f32[R, S] of the tokens that the model wrote; group
-      i32[R, K] (number of the group), member i32[R, K] (of the answer in its group; both -1 = none)
-      and version i32[R, S]. S is the same for all, an eighth of the row or a multiple of it. And
-      the share of all slots that hold tokens.
+      answer i32[R, S] and sampler_logps f32[R, S] of the tokens that the model wrote; index
+      i32[R, S] (of the token in its answer) and version i32[R, S]; group i32[R, K] (its number) and
+      member i32[R, K] (of the answer in its group; both -1 = none). S is the same for all, an
+      eighth of the row or a multiple of it. And the share of all slots that hold tokens.
 
     Raises:
       ValueError: if the groups do not divide, or as `trees` and `pipeline.pack`.
@@ -118,7 +118,7 @@ def minibatches(groups, *, count, row_len, answers_per_row, multiple):
 
 
 _KEPT = ("tokens", "mask", "loss_mask", "positions", "segments", "trunk")
-_SCORED = ("source", "target", "answer", "version", "sampler_logps")
+_SCORED = ("source", "target", "answer", "index", "version", "sampler_logps")
 
 
 def _batch(groups, ours, where, plan, *, rows, row_len, answers_per_row):
@@ -149,6 +149,7 @@ def _batch(groups, ours, where, plan, *, rows, row_len, answers_per_row):
             out["source"][span] = before[written]
             out["target"][span] = answer.tokens[written]
             out["answer"][span] = k
+            out["index"][span] = np.flatnonzero(written)
             out["version"][span] = answer.version[written]
             out["sampler_logps"][span] = answer.logps[written]
             at = span.stop

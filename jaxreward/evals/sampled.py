@@ -1,7 +1,7 @@
 """Answers of a policy, graded by text rewards: in training, and on held-out prompts."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,25 +37,34 @@ class Grader:
     """The text rewards of `config.rewards`, in processes of their own.
 
     Every entry has `fn` (resolved in `rewards`), `weights` ({part: weight}; parts without one are
-    logged and do not count) and further keywords of the function. `rollouts.outcome` names the part
-    that says whether an answer is right, "<entry>/<part>".
+    logged and do not count) and further keywords of the function. An entry with `model` in place of
+    `fn` is a reward model, whose one part is "score". `rollouts.outcome` names the part that says
+    whether an answer is right, "<entry>/<part>".
 
     An answer is decoded without special tokens. A record's own fields reach the rewards, with
     `truncated` (the answer reached the longest length) and, with `rollouts.offsets`, the characters
     of each token (`anchor.token_spans`).
     """
 
-    def __init__(self, config, tokenizer: Tokenizer):
+    def __init__(self, config, tokenizer: Tokenizer, *, scorers: Mapping[str, Callable] = {}):
+        """
+        Args:
+          config: Its sections `rewards` and `rollouts` are read.
+          tokenizer: Of the policy.
+          scorers: {entry: (prompts, groups of answers) -> f32[P, G]} of the entries with `model`.
+        """
         at = config.rollouts
         if not config.rewards:
             raise ValueError("config.rewards names no reward")
         fns = {
             name: resolve("rewards", entry["fn"], **keywords(entry, "weights"))
             for name, entry in config.rewards.items()
+            if name not in scorers
         }
+        self._scorers = scorers
         self._weights = {name: dict(entry["weights"]) for name, entry in config.rewards.items()}
         self._outcome, self._at, self._tokenizer = at.outcome, at, tokenizer
-        self._workers = Workers(fns, workers=at.workers, timeout=at.timeout)
+        self._workers = Workers(fns, workers=at.workers if fns else 0, timeout=at.timeout)
 
     def __call__(self, records: list[dict], groups: list[list]) -> tuple[Grades, list[list[str]]]:
         """(grades, texts) of the answers to each record's prompt."""
@@ -85,6 +94,14 @@ class Grader:
                 values = found.values[:, k].reshape(shape)
                 parts[f"{name}/{part}"] = values
                 reward += self._weights[name].get(part, 0.0) * values
+        for name, scores in self._scorers.items():
+            values = scores([record["prompt"] for record in records], said)
+            lost = ~np.isfinite(values)
+            failed |= lost
+            if lost.any():
+                failures[f"{name}: no finite score"] = int(lost.sum())
+            parts[f"{name}/score"] = values = np.where(lost, 0.0, values)
+            reward += self._weights[name].get("score", 0.0) * values
         if self._outcome not in parts:
             if parts:
                 raise ValueError(

@@ -13,6 +13,9 @@ That is a reward model. A language model (`head=None`) has no score; its head is
 
     untied   in model with "all" and "top", the one thing trained with "head", frozen with "lora"
     tied     the embedding: trained with "all", frozen otherwise, since frozen layers read it
+
+and, with `value`, a critic's linear head {value} on the same states. It is no part of the model:
+`join`, and with it sampling and export, leave it out.
 """
 
 import dataclasses
@@ -41,6 +44,7 @@ class Plan:
       top_layers: Upper layers that are trained ("top") or adapted ("lora"; 0 = every layer).
       lora: Rank, scale and targets, for "lora".
       head: What a reward model gives for an answer; None for a language model.
+      value: A language model has a scalar value head (of a critic) beside its own, always trained.
     """
 
     cfg: decoder.Config
@@ -48,8 +52,14 @@ class Plan:
     top_layers: int = 0
     lora: "lora.Config | None" = None
     head: heads.Config | None = heads.SCALAR
+    value: bool = False
 
     def __post_init__(self):
+        if self.value and self.head is not None:
+            raise ValueError(
+                "a value head stands beside the head of a language model, head='lm'; for a reward "
+                "model set value=false"
+            )
         if self.head is None and self.train == "head" and self.cfg.tied:
             raise ValueError(
                 "train='head' with a language head that is tied to the embedding: training it "
@@ -99,7 +109,7 @@ def make_plan(
       cfg: The model.
       role: Has `family`, `head`, `train`, `top_layers`, `lora_rank`, `lora_alpha`, `lora_targets`;
         `outputs`, `output_weights`, `head_hidden` and `head_dropout` where they are not the
-        defaults of a scalar head.
+        defaults of a scalar head, and `value` where there is a value head.
       name: Of the entry, for messages.
       language: Whether the caller can train a language model (True), a reward model (False) or
         either (None).
@@ -119,7 +129,7 @@ def make_plan(
     if role.train == "lora":
         adapters = lora.Config(role.lora_rank, float(role.lora_alpha), role.lora_targets)
     head = None if role.head == LANGUAGE else make_head(role, name=name)
-    return Plan(cfg, role.train, role.top_layers, adapters, head)
+    return Plan(cfg, role.train, role.top_layers, adapters, head, bool(role.get("value", False)))
 
 
 def make_head(role: Any, *, name: str = "policy") -> heads.Config:
@@ -155,6 +165,8 @@ def param_specs(plan: Plan) -> PyTree:
         tree["score"] = heads.specs(plan.head, plan.cfg.width)
     elif plan.train == "head":
         tree["head"] = upper["head"]
+    if plan.value:
+        tree["value"] = heads.specs(heads.SCALAR, plan.cfg.width)
     if plan.train in ("all", "top"):
         tree["model"] = upper
     if plan.train == "lora":

@@ -8,6 +8,7 @@ answer that is not there or was taken out: it enters no statistic and gets advan
     group_relative, leave_one_out, gdpo      a number an answer, from others to the same prompt
     reinforce_pp, whiten                     normalised over the tokens of the batch
     token_advantages, token_rewards, gae     from answers to tokens
+    ppo                                      these two with a value head
     overlong_penalty, overlong_zero          what length does to rewards
     keep_groups, keep_answers                dynamic filtering
 
@@ -317,6 +318,37 @@ def gae(
     _, advantages = jax.lax.associative_scan(compose, (decay, delta), axis=1, reverse=True)
     advantages = jnp.where(live, advantages, 0.0)
     return _stop(advantages), _stop(advantages + values)
+
+
+def ppo(
+    rewards: Float[Array, "B K"],
+    values: Float[Array, "B T"],
+    answer: Int[Array, "B T"],
+    *,
+    penalty: Float[Array, "B T"] | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """PPO with a value head: `gae` of `token_rewards`.
+
+    Args:
+      rewards: Of the answers of each row, float[B, K].
+      values: V of the value head, before the token was chosen, float[B, T].
+      answer: Which answer a slot belongs to, int32[B, T]; -1 = none.
+      penalty: Per token, as in `token_rewards`, or None.
+      gamma, lam: As `gae`.
+
+    Returns:
+      (advantages, returns for `policy.value_loss`), float32[B, T] each; 0 where `answer` is -1.
+
+    Raises:
+      ValueError: if shapes differ.
+
+    References: PPO, arXiv:1707.06347, with GAE, arXiv:1506.02438. It is usual to whiten the
+    advantages of the batch (Huang et al., arXiv:2403.17031; `rollouts.whiten`), never the returns.
+    """
+    each = token_rewards(rewards, answer, penalty=penalty)
+    return gae(each, values, answer, gamma=gamma, lam=lam)
 
 
 def reinforce_pp(

@@ -159,6 +159,43 @@ def load_model(
     )
 
 
+def scorer_of(model: str | Path, *, batch: int = 8):
+    """A function (P prompts, P lists of G answers) -> rewards f32[P, G] of a model.
+
+    The answers to a prompt share its computation. An answer that cannot be encoded (an empty one,
+    where no template adds a token) gets NaN.
+
+    Args:
+      model: The folder of a reward model, or the workdir of its run, as `load_model` takes it.
+      batch: Rows that run at a time.
+    """
+    loaded = load_model(model, batch=batch)
+    encode = functools.partial(
+        tokenize.encode_tree, loaded.tokenizer, template=loaded.template, id=str(model)
+    )
+
+    def encodable(prompt, answer):
+        try:
+            encode(prompt, [answer])
+        except ValueError:
+            return False
+        return True
+
+    def scores(prompts, groups):
+        found = np.full((len(groups), len(groups[0])), np.nan, np.float32)
+        trees, kept = [], []
+        for p, (prompt, answers) in enumerate(zip(prompts, groups, strict=True)):
+            fit = np.array([encodable(prompt, answer) for answer in answers])
+            if fit.any():
+                trees.append(encode(prompt, [a for a, ok in zip(answers, fit) if ok]))
+                kept.append((p, fit))
+        for (p, fit), values in zip(kept, loaded.predict(trees), strict=True):
+            found[p, fit] = values
+        return found
+
+    return scores
+
+
 def _warn_long(loaded, trees) -> int:
     """Says how many inputs are longer than those the model was trained on."""
     if loaded.max_len is None:

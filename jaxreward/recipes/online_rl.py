@@ -1,7 +1,7 @@
 """Policies from rewards on their own answers.
 
 prompts -> rollouts (G answers each) -> rewards of the texts -> advantages -> packed rows (prompt
-once) -> updates -> new weights to the sampler; a round is all of this once.
+once) -> updates -> new weights to the sampler; a round is all of this once (`rounds`, `credit`).
 
 What this loop does that a textbook one does not: a group's answers share one computation of their
 prompt, in sampling and in the update; rewards run in processes of their own; the log-probabilities
@@ -17,8 +17,7 @@ the same answers from the same weights.
 import contextlib
 import dataclasses
 import functools
-import inspect
-import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +31,18 @@ from jaxreward.core import trees as tr
 from jaxreward.core.resolve import keywords, resolve
 from jaxreward.core.types import RolloutRows
 from jaxreward.data import prompts as prompt_data
-from jaxreward.data import rollouts as rollout_data
-from jaxreward.data import sources, tokenize
+from jaxreward.data import tokenize
 from jaxreward.evals import sampled
 from jaxreward.hub import export, load
 from jaxreward.models import trainable
-from jaxreward.objectives import advantage, policy, supervised
-from jaxreward.parallel import hosts, mesh, rules
+from jaxreward.objectives import policy
+from jaxreward.parallel import mesh, rules
+from jaxreward.recipes import credit, evaluate
+from jaxreward.recipes.rounds import Rounds
 from jaxreward.sampling import choose, rollouts
 from jaxreward.train import session
 
 PyTree = Any
-
-
-def _taken(fn, known):
-    """The arguments among `known` that a resolved function has and its config does not bind."""
-    parameters = inspect.signature(fn.func).parameters.values()
-    free = [p for p in parameters if p.name not in fn.keywords]
-    lacking = [p.name for p in free if p.default is p.empty and p.name not in known]
-    if lacking:
-        raise ValueError(
-            f"{fn.func.__module__}.{fn.func.__name__} takes {', '.join(lacking)}, which online_rl "
-            f"does not know; it knows {', '.join(sorted(known))}"
-        )
-    return [p.name for p in free if p.name in known]
-
 
 # What losses may ask for, by the names of their parameters.
 _OF_LOSSES = {
@@ -66,11 +52,13 @@ _OF_LOSSES = {
     "sampler_logps",
     "advantages",
     "entropy",
+    "values",
+    "old_values",
+    "returns",
     "answer",
     "mask",
     "num_answers",
 }
-_OF_ADVANTAGES = {"rewards", "group", "num_groups", "answer", "penalty"}
 
 
 def _losses(config):
@@ -79,33 +67,13 @@ def _losses(config):
     for name, entry in config.losses.items():
         if float(entry["coef"]):
             fn = resolve("objectives", entry["fn"], **keywords(entry, "coef"))
-            made[name] = fn, _taken(fn, _OF_LOSSES)
+            made[name] = fn, credit.takes(fn, _OF_LOSSES)
     return made
 
 
-def _needs(config) -> tuple[bool, bool]:
-    """(whether old log-probs must be computed before the updates, whether there is a reference)."""
-    at = config.rollouts
-    asked = {name for _, taken in _losses(config).values() for name in taken}
-    reference = "ref_logps" in asked or at.reward_kl > 0
-    return at.updates * at.epochs > 1 or at.reward_kl > 0, reference
-
-
-def make_measure(plan: trainable.Plan, config, where: rules.Rules | None = None):
-    """The jitted (params, frozen, rows) -> (log-probs, entropy), float32[B, S] both."""
-    return jax.jit(functools.partial(_measure, plan, config.rollouts.temperature, where))
-
-
-def _measure(plan, temperature, where, params, frozen, rows: RolloutRows):
-    states = trainable.states(plan, params, frozen, rows, rules=where)
-    picked = jnp.take_along_axis(states, rows.source[..., None], axis=1)
-    return supervised.token_logps(
-        picked,
-        trainable.head_matrix(plan, params, frozen, rules=where),
-        rows.target,
-        temperature=temperature or 1.0,
-        softcap=plan.cfg.logit_softcap,
-    )
+def needs(config, what: str) -> bool:
+    """Whether a loss of the config takes an argument of that name."""
+    return any(what in taken for _, taken in _losses(config).values())
 
 
 def make_loss(plan: trainable.Plan, config, where: rules.Rules | None = None):
@@ -113,9 +81,10 @@ def make_loss(plan: trainable.Plan, config, where: rules.Rules | None = None):
 
     Every entry of losses has `fn` (resolved in `objectives`), `coef` (0 leaves it out) and further
     keywords. A function is given what its parameters are called after: logps, old_logps,
-    ref_logps, sampler_logps, advantages, entropy, answer, mask, num_answers; and returns one number
-    a token. Losses of advantages are multiplied by `policy.importance_weights` where
-    `rollouts.importance` says so. All are averaged as `rollouts.reduction` says.
+    ref_logps, sampler_logps, advantages, entropy, answer, mask, num_answers, and with a value head
+    values, old_values and returns; and returns one number a token. Losses of advantages are
+    multiplied by `policy.importance_weights` where `rollouts.importance` says so. All are averaged
+    as `rollouts.reduction` says.
 
     Raises:
       ValueError, KeyError: naming the entry and what does not fit.
@@ -124,8 +93,12 @@ def make_loss(plan: trainable.Plan, config, where: rules.Rules | None = None):
     entries = _losses(config)
     if not entries:
         raise ValueError("config.losses names no loss with a coefficient other than 0")
+    if not plan.value and needs(config, "values"):
+        raise ValueError(
+            "a loss takes values; set models.policy.value=true, which gives the model a value head"
+        )
     none = np.full((1, 1), -1, np.int32)
-    _reduction(at, none, none)  # an unknown mode is told now, and not after the first round
+    credit.reduction(at, none, none)  # an unknown mode is told now, and not after the first round
     coef = {name: float(config.losses[name]["coef"]) for name in entries}
     clips = {}
     for fn, _ in entries.values():
@@ -133,7 +106,7 @@ def make_loss(plan: trainable.Plan, config, where: rules.Rules | None = None):
 
     def loss(params, frozen, rows: RolloutRows, keys, extra):
         del keys
-        logps, entropy = _measure(plan, at.temperature, where, params, frozen, rows)
+        logps, entropy, values = credit.measure(plan, at.temperature, where, params, frozen, rows)
         mask = rows.answer >= 0
         old = rows.old_logps
         old = jax.lax.stop_gradient(logps) if old is None else old
@@ -144,6 +117,9 @@ def make_loss(plan: trainable.Plan, config, where: rules.Rules | None = None):
             "sampler_logps": rows.sampler_logps,
             "advantages": rows.advantages,
             "entropy": entropy,
+            "values": values,
+            "old_values": rows.old_values,
+            "returns": rows.returns,
             "answer": rows.answer,
             "mask": mask,
             "num_answers": rows.group.shape[1],
@@ -168,244 +144,16 @@ def make_loss(plan: trainable.Plan, config, where: rules.Rules | None = None):
         if rows.ref_logps is not None:
             apart = policy.kl(jax.lax.stop_gradient(logps), rows.ref_logps, mask=mask)
             metrics["reference_kl"] = m.Mean.of(apart, mask)
+        if rows.returns is not None:
+            values = jax.lax.stop_gradient(values)
+            metrics["value"] = m.Mean.of(values, mask)
+            metrics["value_error"] = m.Mean.of(jnp.square(values - rows.returns), mask)
         return totals, metrics, extra
 
     def weights(rows: RolloutRows):
-        return dict.fromkeys(entries, _reduction(at, rows.answer, rows.group).denominator)
+        return dict.fromkeys(entries, credit.reduction(at, rows.answer, rows.group).denominator)
 
     return loss, weights, coef
-
-
-def _reduction(at, answer, group):
-    # Groups are numbered over the round, which is all that a batch of it can hold.
-    return policy.reduction(
-        answer,
-        num_answers=group.shape[1],
-        mode=at.reduction,
-        length=at.max_new,
-        group=group,
-        num_groups=at.prompts,
-    )
-
-
-class Rounds:
-    """Minibatches of sampled answers, without end; between rounds its state is one number.
-
-    `before` must be called with the training state before each `next`.
-    """
-
-    def __init__(
-        self, config, *, engine, grader, records, plan, frozen, start, key, where, workdir
-    ):
-        """
-        Args:
-          config: Its sections `rollouts`, `advantages`, `data` and the seed are read. `data.batch`
-            rows run at a time.
-          engine: A `sampling.rollouts.Rollouts`.
-          grader: (records, groups) -> (Grades, texts).
-          records: Prompts, from `data.prompts.encode`.
-          plan, frozen, start: Model; `start` are the initial trained parameters, for the reference.
-          key: Of the run. where: Mesh and layouts, or None.
-          workdir: Where answers are shown, in answers/.
-        """
-        self._config, self._at = config, config.rollouts
-        self._engine, self._grader, self._records = engine, grader, records
-        self._plan, self._frozen, self._where = plan, frozen, where
-        self._key, self._workdir = jax.random.fold_in(key, 2), workdir
-        self._old, self._reference = _needs(config)
-        self._measure = make_measure(plan, config, where) if self._old or self._reference else None
-        self._start = start if self._reference else None
-        self._join = jax.jit(lambda params, frozen: trainable.join(plan, params, frozen)[0])
-        self._round, self._queue, self._params = 0, [], None
-        self.length = config.data.row_len or rollout_data.row_len(
-            max_prompt=config.data.max_len, max_new=self._at.max_new, answers=self._at.answers
-        )
-        self.metrics: dict[str, Any] = {}
-        kw = keywords(config.advantages)
-        self._advantage = resolve("objectives", config.advantages["fn"], **kw)
-        self._taken = _taken(self._advantage, _OF_ADVANTAGES)
-
-    def close(self) -> None:
-        """Ends the processes of the rewards."""
-        self._grader.close()
-
-    def whole(self) -> bool:
-        """True between rounds."""
-        return not self._queue
-
-    def get_state(self) -> dict:
-        """Position, as plain JSON values."""
-        return {"round": self._round}
-
-    def set_state(self, state: dict) -> None:
-        """Goes on after that many rounds."""
-        self._round, self._queue = state["round"], []
-
-    def before(self, state) -> None:
-        """Takes the weights that the next round is sampled from."""
-        self._params = state.params
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict:
-        if not self._queue:
-            self._queue = self._sampled()
-            self._round += 1
-        return self._queue.pop(0)
-
-    def _prompts(self) -> list[dict]:
-        """The prompts of a round: each epoch all of them once, in an order of its own."""
-        P, N = self._at.prompts, len(self._records)
-        seen = range(self._round * P, (self._round + 1) * P)
-        orders = {
-            epoch: np.random.default_rng([self._config.seed, epoch]).permutation(N)
-            for epoch in {i // N for i in seen}
-        }
-        return [self._records[orders[i // N][i % N]] for i in seen]
-
-    def _sampled(self) -> list[dict]:
-        at, number = self._at, self._round
-        clock = [time.monotonic()]
-        records = self._prompts()
-        self._engine.publish(self._join(self._params, self._frozen), number)
-        key = jax.random.fold_in(self._key, number)
-        self._engine.submit([record["ids"] for record in records], at.answers, key)
-        groups = self._engine.collect()
-        clock.append(time.monotonic())
-        grades, said = self._grader(records, groups)
-        clock.append(time.monotonic())
-        batches, efficiency = rollout_data.minibatches(
-            groups,
-            count=at.updates,
-            row_len=self.length,
-            answers_per_row=2 * at.answers,
-            multiple=self._config.data.batch,
-        )
-        rewards = shaped(at, grades, groups)
-        batches, kept = self.with_advantages(batches, grades, rewards, groups)
-        clock.append(time.monotonic())
-        self._note(records, groups, grades, rewards, said)
-        sampled = sum(len(answer.tokens) for group in groups for answer in group)
-        lengths = [len(answer.tokens) for group in groups for answer in group]
-        times = np.diff(clock)
-        self.metrics = {
-            "reward": rewards.mean(),
-            "outcome": grades.outcome.mean(),
-            **{f"part/{name}": values.mean() for name, values in grades.parts.items()},
-            "failed": grades.failed.mean(),
-            "length": np.mean(lengths),
-            "length_max": np.max(lengths),
-            "truncated": np.mean([not a.finished for group in groups for a in group]),
-            "useful": self._engine.utilisation,
-            "efficiency": efficiency,
-            "sampled_per_second": sampled / max(times[0], 1e-9),
-            **{f"seconds/{n}": s for n, s in zip(("sample", "reward", "prepare"), times)},
-            **kept,
-        }
-        self.metrics = {k: float(v) for k, v in self.metrics.items() if np.isfinite(v)}
-        order = np.random.default_rng([self._config.seed, 1, number])
-        return [batches[b] for _ in range(at.epochs) for b in order.permutation(at.updates)]
-
-    def with_advantages(self, batches, grades, rewards, groups):
-        """The minibatches with what the losses need, and how many groups were kept.
-
-        Args:
-          batches: From `data.rollouts.minibatches`; changed in place.
-          grades: Of the answers. rewards: As `shaped` makes them, [P, G].
-          groups: The answers.
-        """
-        at = self._at
-        rows = [self.rows(batch) for batch in batches]
-        joined = {k: np.concatenate([b[k] for b in batches]) for k in ("answer", "group", "member")}
-        group, member = joined["group"], joined["member"]
-        of = lambda x: np.where(group >= 0, x[group, member], 0.0).astype(np.float32)
-        keep = group >= 0
-        kept, counted = advantage.keep_groups(
-            of(grades.outcome),
-            group,
-            num_groups=at.prompts,
-            shaped=of(rewards) if at.filter == "shaped" else None,
-        )
-        if at.filter != "none":
-            keep &= np.asarray(kept)
-        if at.mask_truncated:
-            finished = np.array([[a.finished for a in g] for g in groups])
-            keep &= of(finished) > 0
-        answer = np.asarray(advantage.keep_answers(joined["answer"], keep))
-        old = ref = None
-        if self._old:
-            old = [self._measure(self._params, self._frozen, row)[0] for row in rows]
-        if self._reference:
-            ref = [self._measure(self._start, self._frozen, row)[0] for row in rows]
-        penalty = None
-        if at.reward_kl > 0:
-            over = policy.kl(
-                jnp.concatenate(old), jnp.concatenate(ref), kind="k1", mask=answer >= 0
-            )
-            penalty = at.reward_kl * over
-        known = {
-            "rewards": of(rewards),
-            "group": np.where(keep, group, -1),
-            "num_groups": at.prompts,
-            "answer": answer,
-            "penalty": penalty,
-        }
-        each = self._advantage(**{key: known[key] for key in self._taken})
-        if each.shape == group.shape:
-            each = advantage.token_advantages(each, answer)
-        if at.whiten:
-            each = advantage.whiten(each, answer >= 0)
-        each = np.asarray(each)
-        size = len(batches[0]["answer"])
-        for b, batch in enumerate(batches):
-            part = slice(b * size, (b + 1) * size)
-            batch["answer"], batch["advantages"] = answer[part], each[part]
-            batch["weight"] = np.asarray(_reduction(at, answer[part], group[part]).weight)
-            if old is not None:
-                batch["old_logps"] = np.asarray(old[b])
-            if ref is not None:
-                batch["ref_logps"] = np.asarray(ref[b])
-        return batches, {k: v.result() for k, v in counted.items()}
-
-    def rows(self, batch: dict) -> RolloutRows:
-        """A minibatch on the devices."""
-        zeros = np.zeros(batch["answer"].shape, np.float32)
-        arrays = {"advantages": zeros, "weight": zeros, **batch}
-        names = {f.name for f in dataclasses.fields(RolloutRows)}
-        arrays = {k: v for k, v in arrays.items() if k in names}
-        return RolloutRows(**hosts.to_global(arrays, self._where))
-
-    def _note(self, records, groups, grades, shaped, said):
-        """The answers of a round to its first prompts, for people."""
-        if not hosts.is_writer() or not self._at.show:
-            return
-        folder = Path(self._workdir) / "answers"
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [
-            {
-                "round": self._round,
-                "id": records[p]["id"],
-                "prompt": records[p]["prompt"],
-                "answer": said[p][i],
-                "reward": float(shaped[p, i]),
-                "parts": {name: float(values[p, i]) for name, values in grades.parts.items()},
-                "tokens": len(answer.tokens),
-                "finished": answer.finished,
-            }
-            for p in range(min(self._at.show, len(records)))
-            for i, answer in enumerate(groups[p])
-        ]
-        sources.write_jsonl(folder / f"{self._round:06d}.jsonl", lines)
-
-
-def shaped(at, grades: sampled.Grades, groups) -> np.ndarray:
-    """Rewards with what the length of an answer does to them, [P, G]."""
-    if not at.overlong:
-        return grades.reward
-    lengths = np.array([[len(answer.tokens) for answer in group] for group in groups], np.int32)
-    penalty = advantage.overlong_penalty(lengths, longest=at.max_new, cache=at.overlong)
-    return grades.reward + np.asarray(penalty)
 
 
 def make_engine(
@@ -438,8 +186,93 @@ def load_data(config, tokenizer) -> tuple[list, list, dict]:
     )
 
 
-def build(config, workdir: str | Path) -> session.Built:
+def load_replayed(config, tokenizer) -> tuple[list, dict]:
+    """(prompts of an earlier stage that `rollouts.replay` mixes in, facts); nothing without it.
+
+    Raises:
+      ValueError: if of ratio and file one is missing; and as `load_data`.
+    """
+    at = config.rollouts
+    path, ratio = at.get("replay_path", ""), at.get("replay", 0)
+    if bool(path) != bool(ratio):
+        raise ValueError(
+            "rollouts.replay_path (a file of older prompts) and rollouts.replay (new ones to one "
+            f"of them) go together; received {path!r} and {ratio}"
+        )
+    if not path:
+        return [], {}
+    older = config.copy_and_resolve_references().unlock()
+    older.data.update(path=path, eval_path="", eval_fraction=0.0)
+    old, _, facts = load_data(older, tokenizer)
+    return old, {"replayed": facts["data"]}
+
+
+def meshes(config) -> tuple[rules.Rules | None, rules.Rules | None]:
+    """(mesh and layouts of the updates, those of the sampler): the same, unless
+    `rollouts.devices` gives the sampler devices of its own, the last ones.
+
+    Raises:
+      ValueError: if no device is left for the updates.
+    """
+    own = config.rollouts.get("devices", 0)
+    if not own:
+        where = rules.on_mesh(dict(config.mesh))
+        return where, where
+    devices = jax.devices()
+    if not 0 < own < len(devices):
+        raise ValueError(
+            f"rollouts.devices={own} sample, and of the {len(devices)} devices some must be left "
+            "for the updates; lower it, or set 0 to share all of them"
+        )
+    updates = mesh.make_mesh(dict(config.mesh), devices=devices[:-own])
+    sampler = mesh.make_mesh({"data": -1}, devices=devices[-own:])
+    # A sampler alone on its device still has a mesh, which says which device that is.
+    return rules.Rules(updates) if updates.size > 1 else None, rules.Rules(sampler)
+
+
+def _ahead(config) -> bool:
+    """Whether rounds are sampled one ahead; says what that does not do here."""
+    at = config.rollouts
+    if at.get("ahead", 0) not in (0, 1):
+        raise ValueError(
+            "rollouts.ahead must be 0 or 1: answers are sampled by the weights of this round or "
+            f"of the one before; received {at.ahead}"
+        )
+    if not at.get("ahead", 0):
+        return False
+    if at.importance == "none":
+        warnings.warn(
+            "rollouts.ahead=1 with rollouts.importance=none: answers come from older weights, and "
+            "nothing in the loss makes up for it; set rollouts.importance=token",
+            stacklevel=3,
+        )
+    if not at.get("devices", 0):
+        warnings.warn(
+            "rollouts.ahead=1 without rollouts.devices: sampling and updates share their devices, "
+            "so this changes the order of the work and not the time that it takes",
+            stacklevel=3,
+        )
+    return True
+
+
+def _scorers(config) -> dict:
+    """{name: (prompts, groups of answers) -> scores} of the rewards that are reward models."""
+    made = {}
+    for name, entry in config.rewards.items():
+        if not entry.get("model"):
+            continue
+        if entry.get("fn"):
+            raise ValueError(f"rewards.{name} has both fn and model; it is one or the other")
+        made[name] = evaluate.scorer_of(entry["model"], batch=entry.get("batch", 8))
+    return made
+
+
+def build(config, workdir: str | Path, *, engine: rollouts.Rollouts | None = None) -> session.Built:
     """Reads model and prompts and makes state, step, sampler and rounds. Trains nothing.
+
+    Args:
+      config: Of a run. workdir: Where it leaves answers.
+      engine: Where answers come from; None is our sampler, as the config describes it.
 
     Raises:
       ValueError, KeyError, FileNotFoundError: what in the config or the data does not fit.
@@ -460,7 +293,8 @@ def build(config, workdir: str | Path) -> session.Built:
     model = config.models.policy
     folder = export.init_folder(model.init, workdir)
     tokenizer = tokenize.load_tokenizer(folder)
-    where = rules.on_mesh(dict(config.mesh))
+    where, sampler = meshes(config)
+    ahead = _ahead(config)
     ways = where.mesh.shape["data"] * where.mesh.shape["fsdp"] if where else 1
     if config.data.batch % ways:
         raise ValueError(
@@ -468,6 +302,7 @@ def build(config, workdir: str | Path) -> session.Built:
             f"{ways} devices; set data.batch to a multiple"
         )
     train, held, facts = load_data(config, tokenizer)
+    old, more = load_replayed(config, tokenizer)
     cfg, weights, _ = load.load(folder, rules=where)
     cfg = dataclasses.replace(cfg, compute=config.train.compute, remat=config.train.remat)
     plan = trainable.make_plan(cfg, model, language=True)
@@ -486,22 +321,35 @@ def build(config, workdir: str | Path) -> session.Built:
         steps=steps,
         losses=make_loss(plan, config, where),
         microbatches=lambda rows: rows // config.data.batch,
+        copies=["sampler"] if ahead else [],
     )
-    grader = sampled.Grader(config, tokenizer)
+    grader = sampled.Grader(config, tokenizer, scorers=_scorers(config))
     rounds = Rounds(
         config,
-        engine=make_engine(plan, config, tokenizer, where),
+        engine=engine or make_engine(plan, config, tokenizer, sampler),
         grader=grader,
         records=train,
+        replayed=old,
+        credit=credit.Credit(
+            config,
+            plan=plan,
+            frozen=frozen,
+            start=params,
+            where=where,
+            reference=needs(config, "ref_logps"),
+        ),
         plan=plan,
         frozen=frozen,
-        start=params,
         key=key,
-        where=where,
         workdir=workdir,
+        rounds=steps // per_round,
     )
+    copied = jax.jit(functools.partial(jax.tree.map, jnp.copy))
 
     def stepped(state, frozen, batch):
+        if ahead and rounds.first:
+            # Of the weights that the next round is being sampled from, for a resume.
+            state = state.replace(extra={**state.extra, "sampler": copied(state.params)})
         state, metrics = step(state, frozen, batch)
         one = jnp.float32(1)
         more = {f"rollouts/{k}": m.Mean(jnp.float32(v), one) for k, v in rounds.metrics.items()}
@@ -518,7 +366,7 @@ def build(config, workdir: str | Path) -> session.Built:
         frozen=frozen,
         step=stepped,
         batches=rounds,
-        to_device=rounds.rows,
+        to_device=functools.partial(credit.to_rows, where=where),
         train=train,
         heldout=held,
         steps=steps,
@@ -528,15 +376,21 @@ def build(config, workdir: str | Path) -> session.Built:
         schedule=schedule,
         meta=session.origin(config, folder, load.content_hash(folder), tokenizer),
         facts=facts
+        | more
         | {
             "rows": {"length": rounds.length, "answers a round": at.prompts * at.answers},
             "steps": {"a round": per_round, "total": steps},
             "parameters": {"trained": tr.count(params), "frozen": tr.count(frozen)},
-            "mesh": mesh.describe(where.mesh) if where else "one device",
+            "mesh": _described(where, sampler),
         },
         before=rounds.before,
         whole=rounds.whole,
     )
+
+
+def _described(where, sampler):
+    of = lambda r: mesh.describe(r.mesh) if r else "one device"
+    return of(where) if sampler is where else f"{of(where)}; sampler {of(sampler)}"
 
 
 def make_predict(
@@ -573,15 +427,15 @@ def make_predict(
     return predict
 
 
-def run(config, workdir: str | Path) -> Path:
+def run(config, workdir: str | Path, *, engine: rollouts.Rollouts | None = None) -> Path:
     """Trains, or goes on after the newest saved round. Returns the workdir.
 
     See `train.session` for how a run goes on and for what it leaves in the workdir; beside that,
-    answers/ holds what was sampled for the first prompts of each round.
+    answers/ holds what was sampled for the first prompts of each round. `engine` as in `build`.
     """
     workdir = session.enter(workdir, config.train)
     presets.save(config, workdir / "config.json")
-    built = build(config, workdir)
+    built = build(config, workdir, engine=engine)
     with contextlib.closing(built.batches):
         session.run(built, workdir, config.train)
     return workdir

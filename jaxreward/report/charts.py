@@ -46,7 +46,14 @@ PALETTE = {
     },
 }
 SERIES = ("c1", "c2", "c3", "c4")
-CURVES = {"loss": "Loss", "accuracy": "Accuracy", "margin": "Score margin", "lr": "Learning rate"}
+CURVES = {
+    "loss": "Loss",
+    "accuracy": "Accuracy",
+    "margin": "Score margin",
+    "rollouts/reward": "Reward",
+    "rollouts/outcome": "Outcome",
+    "lr": "Learning rate",
+}
 POINTS = 400  # longer curves are drawn as bin means: more dots than pixels only cost bytes
 WIDTH, HEIGHT = 4.5, 2.75  # inches of one chart; at phone width the type is still 10 px
 

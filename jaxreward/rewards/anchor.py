@@ -2,7 +2,7 @@ r"""Reasoning anchors, answer-stable tails, and rewards that tax only the tail, 
 
     segment -> candidate_answers -> find_anchor -> tail_stats     of one answer, on the host
     apr                                                           all of that as a text reward
-    apr_reward, tail_mask, token_advantages                       of a batch, arrays in and out
+    apr_reward, tail_mask, process                                of a batch, arrays in and out
 
 Baselines that tax whole lengths are in `length`.
 
@@ -491,7 +491,7 @@ def apr_reward(
 
     with s = tail / think ("ratio"), min(tail / reference, 1) ("tokens"), or tail / the longest tail
     among the right answers of the group ("group"); s = 0 without an anchor and for "token_level",
-    where `token_advantages` has the tail. Any right answer beats any wrong one, since lambda < 1.
+    where `process` has the tail. Any right answer beats any wrong one, since lambda < 1.
 
     "ratio" is raised by padding in front of the anchor; "tokens" is blind to it. Watch the length
     before the anchor.
@@ -555,27 +555,24 @@ def tail_mask(tau, think_end, slots):
     return (t >= xp.asarray(tau)[:, None]) & (t < xp.asarray(think_end)[:, None])
 
 
-def token_advantages(advantages, tail, correct, think_end, found, *, penalty, bonus=0.0, scale=1.0):
-    """Advantages per token: the outcome's on all, less on tails, more for stopping in time.
+def process(correct, tau, think, found, *, slots, penalty, bonus=0.0, scale=1.0):
+    """What single tokens get beside their answer's advantage: less on tails, more for stopping.
 
-    .. math:: A_t = A - \\lambda_t z [t \\in tail, c > 0]
-              + \\lambda_e [t = t_{\\text{</think>}}, c > 0, \\text{anchor, no tail}]
-
-    With penalty and bonus 0 every token has the outcome's advantage; tokens after the answer too,
-    so the loss has to mask them.
+    .. math:: - \\lambda_t z [t \\in tail, c > 0]
+              + \\lambda_e [t = t_{\text{</think>}}, c > 0, \text{anchor, no tail}]
 
     Args:
-      advantages: A, from the outcomes, float[B].
-      tail: `tail_mask`, after grace, bool[B, T].
       correct: c, [B].
-      think_end: Index of the first token of "</think>", int[B].
+      tau: Tokens before the tail, after grace, [B].
+      think: Tokens before "</think>", which is the index of its first token, [B].
       found: Whether there is an anchor, [B].
+      slots: T, tokens of the longest answer.
       penalty: lambda_t >= 0.
       bonus: lambda_e >= 0.
       scale: z, one number or float[B], such as rho after grace.
 
     Returns:
-      float32[B, T].
+      float32[B, T], to be added to advantages (`config.process`).
 
     Raises:
       ValueError: for a negative penalty or bonus.
@@ -584,13 +581,12 @@ def token_advantages(advantages, tail, correct, think_end, found, *, penalty, bo
     its compression bonus at "</think>" too, with another formula.
     """
     if penalty < 0 or bonus < 0:
-        raise ValueError(
-            f"token_advantages needs penalty and bonus >= 0; received {penalty} and {bonus}"
-        )
-    xp, (advantages, correct, found, scale) = length.in_float32(advantages, correct, found, scale)
-    tail = xp.asarray(tail) & (correct > 0)[:, None] & (found > 0)[:, None]
-    stops = (correct > 0) & (found > 0) & ~xp.any(tail, axis=1)
-    closing = xp.arange(tail.shape[1])[None, :] == xp.asarray(think_end)[:, None]
-    each = xp.broadcast_to(scale, advantages.shape)[:, None]
-    extra = xp.where(closing & stops[:, None], bonus, 0.0) - xp.where(tail, penalty * each, 0.0)
-    return advantages[:, None] + xp.asarray(extra, dtype=xp.float32)
+        raise ValueError(f"process needs penalty and bonus >= 0; received {penalty} and {bonus}")
+    xp, (correct, found, scale) = length.in_float32(correct, found, scale)
+    right = ((correct > 0) & (found > 0))[:, None]
+    tail = tail_mask(tau, think, slots) & right
+    stops = right & ~xp.any(tail, axis=1)[:, None]
+    closing = xp.arange(slots)[None, :] == xp.asarray(think)[:, None]
+    each = xp.broadcast_to(scale, correct.shape)[:, None]
+    extra = xp.where(closing & stops, bonus, 0.0) - xp.where(tail, penalty * each, 0.0)
+    return xp.asarray(extra, dtype=xp.float32)

@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,7 @@ def stepper(
     steps: int,
     losses: tuple,
     microbatches: int | Callable[[int], int],
+    copies: Sequence[str] = (),
 ) -> tuple[Any, Callable, Callable]:
     """(training state at step 0, the jitted step, step -> learning rate) of a run.
 
@@ -98,11 +99,14 @@ def stepper(
       plan, params: What is trained. key: Of the run. where: Mesh and layouts, or None.
       steps: Length of the run.
       losses, microbatches: (loss, weights, coef) and the cut, as `make_train_step` takes them.
+      copies: Of the parameters in the state, beside the average (`state.create`).
     """
     tx = optim.make(config.optim, steps)
     ema = config.train.ema
-    placed = state.shardings(trainable.param_specs(plan), tx, where, ema=ema > 0) if where else None
-    start = state.create(params, tx, key, ema=ema > 0)
+    copies = (["ema"] if ema else []) + list(copies)
+    described = trainable.param_specs(plan)
+    placed = state.shardings(described, tx, where, copies=copies) if where else None
+    start = state.create(params, tx, key, copies=copies)
     start = state.place(start, placed) if placed else start
     train_step = step.make_train_step(
         *losses,

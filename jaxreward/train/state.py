@@ -1,5 +1,6 @@
 """The training state: made under jit with its shardings, or abstract for restoring into."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -14,16 +15,21 @@ PyTree = Any
 
 
 def create(
-    params: PyTree, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool = False
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    copies: Collection[str] = (),
 ) -> TrainState:
-    """Step 0 with fresh optimizer state, and an average that starts at the parameters.
+    """Step 0 with fresh optimizer state.
 
     Args:
       params: What the optimizer updates. Copied: the step donates its state, and the buffers
         given here may be shared with someone else.
       tx: The optax chain.
       key: Typed PRNG key, stored as it is; the step folds its number into it.
-      ema: Keep a moving average of the parameters in `extra["ema"]`.
+      copies: Entries of `extra` that are trees like the parameters and start equal to them:
+        "ema", their moving average; "sampler", those that answers were sampled from.
     """
 
     def make(params):
@@ -32,7 +38,7 @@ def create(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=tx.init(params),
-            extra={"ema": jax.tree.map(jnp.copy, params)} if ema else {},
+            extra={name: jax.tree.map(jnp.copy, params) for name in copies},
             key=key,
         )
 
@@ -40,7 +46,11 @@ def create(
 
 
 def shardings(
-    param_specs: PyTree, tx: optax.GradientTransformation, rules: Rules, *, ema: bool = False
+    param_specs: PyTree,
+    tx: optax.GradientTransformation,
+    rules: Rules,
+    *,
+    copies: Collection[str] = (),
 ) -> TrainState:
     """A TrainState of NamedShardings: optimizer leaves follow the parameter they belong to."""
     whole = jax.sharding.NamedSharding(rules.mesh, jax.sharding.PartitionSpec())
@@ -53,7 +63,7 @@ def shardings(
         by_param,
         transform_non_params=lambda _: whole,
     )
-    extra = {"ema": by_param} if ema else {}
+    extra = dict.fromkeys(copies, by_param)
     return TrainState(step=whole, params=by_param, opt_state=opt, extra=extra, key=whole)
 
 

@@ -28,7 +28,8 @@ from jaxreward.parallel.rules import Rules, over_data
 PyTree = Any
 Loss = Callable[..., tuple[dict[str, jax.Array], dict[str, Any], PyTree]]
 Weights = Callable[[Any], dict[str, jax.Array]]
-EMA = "ema"  # the one entry of `extra` that belongs to the step; all others are the loss's
+# Entries of `extra` that are the step's, and the recipe's; all others are the loss's.
+EMA, SAMPLER = "ema", "sampler"
 
 
 def _names(expected: Mapping, got: Mapping, what: str):
@@ -171,7 +172,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: PyTree, batch):
         key = jax.random.fold_in(state.key, state.step)
-        own = {k: v for k, v in state.extra.items() if k != EMA}
+        own = {k: v for k, v in state.extra.items() if k not in (EMA, SAMPLER)}
         grads, value, terms, reported, own = gradient(state.params, frozen, batch, key, own)
         norm = optax.tree.norm(grads)
         terms = terms if len(terms) > 1 else {}
@@ -187,9 +188,9 @@ def make_train_step(
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        extra = own
+        extra = {**own, **{k: v for k, v in state.extra.items() if k == SAMPLER}}
         if ema:
-            extra = {**own, EMA: optax.incremental_update(params, state.extra[EMA], 1 - ema)}
+            extra = {**extra, EMA: optax.incremental_update(params, state.extra[EMA], 1 - ema)}
         new = (params, opt_state, extra)
         old = (state.params, state.opt_state, state.extra)
         params, opt_state, extra = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

@@ -67,7 +67,7 @@ def test_the_values_of_the_second_stage():
     assert dict(c.advantages) == {"fn": "advantage.group_relative", "scale": "none"}
     policy = c.losses.policy
     assert (policy.fn, policy.clip_low, policy.clip_high) == ("policy.clipped", 0.2, 0.28)
-    assert c.losses.kl.coef == 0 and online_rl._needs(c) == (False, False)
+    assert c.losses.kl.coef == 0 and not online_rl.needs(c, "ref_logps")
 
 
 @pytest.mark.parametrize("name", ["rationale_sft", "text_grpo"])
@@ -115,7 +115,7 @@ def test_pairs_become_prompts_with_letters(tiny_folder, files):
     for prompt in train:
         record = prompt["record"]
         text = verdict.render(record["label"], "So it is.")
-        assert verdict.agreement("", text, record) == {"accuracy": 1, "format": 1}
+        assert verdict.agreement("", text, record) == {"accuracy": 1, "format": 1, "read": 1}
     assert [prompt["record"]["pair"] for prompt in held] == ["q0", "q0", "q1", "q1"]
     assert {prompt["record"]["label"] for prompt in held[:2]} == {"A", "B"}
 

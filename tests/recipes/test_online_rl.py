@@ -7,50 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_rl import GROUPS, lines, small
 
-from jaxreward import presets
-from jaxreward.core.types import Trajectory
+from jaxreward.data import rollouts as rollout_data
 from jaxreward.evals import sampled
 from jaxreward.models import trainable
-from jaxreward.recipes import online_rl
+from jaxreward.recipes import credit, online_rl
 from jaxreward.train import step as train_step
-
-
-def config(tiny_folder, *overrides, losses=None, advantage=None):
-    """Small sums, answered by the tiny model and rewarded for vowels."""
-    made = presets.load(
-        "online_rl/math:smoke",
-        [
-            f"models.policy.init=hf:{tiny_folder}",
-            "data.batch=4",
-            "optim.lr=1e-2",
-            "train.eval_every=0",
-            "train.save_every=2",
-            "rollouts.answers=4",
-            "rollouts.workers=0",
-            "rollouts.filter=none",
-            "rollouts.outcome=vowels/some",
-            *overrides,
-        ],
-    )
-    made.unlock()
-    made.rewards = dict(vowels=dict(fn="jaxreward.testing:vowels", weights=dict(share=1.0)))
-    if losses is not None:
-        made.losses = losses
-    if advantage is not None:
-        made.advantages = advantage
-    return made.lock()
-
-
-def lines(workdir, part="train/loss"):
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if part in line]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_folder, tmp_path_factory):
     """(config, workdir) of 10 rounds, two updates each."""
-    made = config(tiny_folder, "train.steps=10", "rollouts.updates=2", "rollouts.answers=8")
+    made = small(tiny_folder, "train.steps=10", "rollouts.updates=2", "rollouts.answers=8")
     return made, online_rl.run(made, tmp_path_factory.mktemp("online") / "run")
 
 
@@ -85,7 +54,7 @@ def test_what_is_logged(finished):
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same(finished, tiny_folder, tmp_path):
     """Catches a saved position in the middle of a round, and a key that depends on the process."""
-    short = config(tiny_folder, "train.steps=4", "rollouts.updates=2", "rollouts.answers=8")
+    short = small(tiny_folder, "train.steps=4", "rollouts.updates=2", "rollouts.answers=8")
     short.train.save_every = 3  # falls between the updates of a round, so it waits
     online_rl.run(short, tmp_path / "run")
     saved = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
@@ -107,7 +76,7 @@ def built(tiny_folder, tmp_path_factory):
         kl=dict(fn="policy.kl", coef=0.1, kind="k3"),
         entropy=dict(fn="policy.entropy_bonus", coef=0.01),
     )
-    made = config(tiny_folder, "rollouts.max_new=6", "rollouts.importance=token", losses=losses)
+    made = small(tiny_folder, "rollouts.max_new=6", "rollouts.importance=token", losses=losses)
     out = online_rl.build(made, tmp_path_factory.mktemp("built"))
     out.before(out.state)
     return made, out, next(out.batches)
@@ -132,8 +101,8 @@ def test_a_minibatch_is_what_its_types_say(built):
 def test_log_probs_are_those_of_the_sampler_and_of_teacher_forcing(built):
     """Catches a state off by one, another temperature, and an answer that sees its neighbours."""
     made, out, batch = built
-    measure = online_rl.make_measure(out.plan, made)
-    logps, _ = measure(out.state.params, out.frozen, out.to_device(batch))
+    measure = credit.make_measure(out.plan, made)
+    logps, _, _ = measure(out.state.params, out.frozen, out.to_device(batch))
     live = batch["answer"] >= 0
     np.testing.assert_allclose(np.asarray(logps)[live], batch["sampler_logps"][live], atol=1e-5)
     np.testing.assert_allclose(np.asarray(logps)[live], batch["ref_logps"][live], atol=1e-6)
@@ -147,14 +116,13 @@ def test_gradients_do_not_depend_on_the_cut(built):
     parts = online_rl.make_loss(out.plan, made)
     found = []
     for row_len, microbatches in ((64, 1), (64, 2), (128, 1)):
-        rounds = online_rl.Rounds(made, **settings(out))
-        rounds.before(out.state)
-        batches, _ = online_rl.rollout_data.minibatches(
+        give = credit.Credit(made, reference=True, **settings(out))
+        batches, _ = rollout_data.minibatches(
             GROUPS, count=1, row_len=row_len, answers_per_row=4, multiple=4
         )
         reward = np.float32([[1, 0], [0.5, 0], [3, 1]])
         grades = sampled.Grades(reward, reward, {}, reward > 9, {})
-        (batch,), _ = rounds.with_advantages(batches, grades, reward, GROUPS)
+        (batch,), _ = give(out.state.params, batches, grades, reward, GROUPS)
         gradient = jax.jit(train_step.make_gradient(*parts, microbatches))
         rows = out.to_device(batch)
         found.append(gradient(out.state.params, out.frozen, rows, jax.random.key(0), {})[:3])
@@ -164,47 +132,26 @@ def test_gradients_do_not_depend_on_the_cut(built):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads, found[0][0])
 
 
-def answer(length, finished=True):
-    return Trajectory(
-        prompt=np.arange(3, dtype=np.int32),
-        tokens=np.arange(length, dtype=np.int32) + 100,
-        logps=np.zeros(length, np.float32),
-        written=np.ones(length, bool),
-        version=np.zeros(length, np.int32),
-        finished=finished,
-    )
-
-
 def settings(out):
-    """Of `Rounds` without a sampler and without rewards."""
-    return dict(
-        engine=None,
-        grader=None,
-        records=[],
-        plan=out.plan,
-        frozen=out.frozen,
-        start=out.state.params,
-        key=jax.random.key(0),
-        where=out.rules,
-        workdir=None,
-    )
+    """Of `Credit`, from a run that was built."""
+    return dict(plan=out.plan, frozen=out.frozen, start=out.state.params, where=out.rules)
 
 
 def with_advantages(built, reward, outcome, groups, *overrides, losses=None, advantage=None):
     """What a round of given rewards becomes, with the losses' own settings."""
     _, out, _ = built
     sizes = [f"rollouts.prompts={len(groups)}", f"rollouts.answers={len(groups[0])}"]
-    made = config(out.folder, *sizes, *overrides, losses=losses, advantage=advantage)
-    rounds = online_rl.Rounds(made, **settings(out))
-    rounds.before(out.state)
-    batches, _ = online_rl.rollout_data.minibatches(
+    made = small(out.folder, *sizes, *overrides, losses=losses, advantage=advantage)
+    reference = online_rl.needs(made, "ref_logps")
+    give = credit.Credit(made, reference=reference, **settings(out))
+    batches, _ = rollout_data.minibatches(
         groups, count=1, row_len=32, answers_per_row=8, multiple=4
     )
     reward, outcome = np.float32(reward), np.float32(outcome)
     none = np.zeros(reward.shape, bool)
     grades = sampled.Grades(reward, outcome, {}, none, {})
-    shaped = online_rl.shaped(made.rollouts, grades, groups)
-    (batch,), kept = rounds.with_advantages(batches, grades, shaped, groups)
+    shaped, _ = give.shaped(grades, groups)
+    (batch,), kept = give(out.state.params, batches, grades, shaped, groups)
     if losses is not None:
         return made, batch
     found = {}
@@ -214,9 +161,6 @@ def with_advantages(built, reward, outcome, groups, *overrides, losses=None, adv
             (batch["advantages"][r, s], batch["weight"][r, s])
         )
     return found, kept
-
-
-GROUPS = [[answer(2), answer(3)], [answer(4), answer(1)], [answer(2), answer(2, finished=False)]]
 
 
 def test_advantages_by_hand(built):
@@ -320,13 +264,17 @@ def test_other_algorithms_make_batches(built, losses, advantage, overrides):
             {"losses": dict(p=dict(fn="preference.hinge", coef=1.0))},
             r"hinge takes chosen, rejected, which online_rl does not know",
         ),
-        ([], {"advantage": dict(fn="advantage.gae")}, r"gae takes values, which online_rl does"),
+        (
+            [],
+            {"advantage": dict(fn="advantage.gae")},
+            r"gae and models\.policy\.value=False do",
+        ),
         (["models.policy.head=scalar"], {}, r"a language model needs"),
     ],
 )
 def test_what_a_config_can_get_wrong(tiny_folder, tmp_path, overrides, changes, text):
     """Told by the name of the field, before anything is sampled."""
-    made = config(tiny_folder, *overrides, **changes)
+    made = small(tiny_folder, *overrides, **changes)
     with pytest.raises(ValueError, match=text):
         online_rl.build(made, tmp_path)
 
@@ -335,7 +283,7 @@ def test_rewards_that_are_not_there_are_named(tiny_folder, built):
     """Catches a weight or an outcome that is taken to be 0 for ever."""
     _, out, _ = built
     record = {"id": "a", "prompt": "P", "record": {}}
-    other, weighs = config(tiny_folder, "rollouts.outcome=vowels/many"), config(tiny_folder)
+    other, weighs = small(tiny_folder, "rollouts.outcome=vowels/many"), small(tiny_folder)
     weighs.unlock()
     weighs.rewards.vowels.weights = dict(shares=1.0)
     for made, text in (
@@ -351,7 +299,7 @@ def test_rewards_that_are_not_there_are_named(tiny_folder, built):
 def test_a_reward_that_fails_costs_its_sample(tiny_folder, built):
     """Catches one bad answer that stops the round, or counts as right."""
     _, out, _ = built
-    made = config(tiny_folder, "rollouts.outcome=apr/accuracy")
+    made = small(tiny_folder, "rollouts.outcome=apr/accuracy")
     made.unlock()
     made.rewards = dict(apr=dict(fn="anchor.apr", weights=dict(reward=2.0)))
     grader = sampled.Grader(made, out.tokenizer)
@@ -388,9 +336,9 @@ def test_lora_has_its_base_as_reference(tiny_folder, tmp_path):
     out.before(out.state.replace(params=moved))
     batch = next(out.batches)
     live = batch["answer"] >= 0
-    base, _ = online_rl.make_measure(out.plan, made)(
+    base = credit.make_measure(out.plan, made)(
         out.state.params, out.frozen, out.to_device(batch)
-    )
+    ).logps
     np.testing.assert_allclose(batch["ref_logps"][live], np.asarray(base)[live], atol=1e-6)
     assert np.abs(batch["ref_logps"] - batch["sampler_logps"])[live].max() > 1e-2
     assert trainable.join(out.plan, moved, out.frozen)[1] is None and jnp.ndim(base) == 2

@@ -579,40 +579,31 @@ def test_tail_mask():
     np.testing.assert_array_equal(of_jax, mask)
 
 
-def test_token_advantages_by_hand():
-    """Less on the tail, more at "</think>" without one; wrong or without an anchor: as it was."""
-    advantages = np.float32([1.0, 0.5, -1.0, 2.0])
+def test_process_by_hand():
+    """Less on the tail, more at "</think>" without one; wrong or without an anchor: nothing."""
     correct, found = np.float32([1, 1, 0, 1]), np.float32([1, 1, 1, 0])
-    tau, think_end = np.int32([1, 3, 1, 1]), np.int32([3, 3, 3, 3])
-    tail = anchor.tail_mask(tau, think_end, 5)
-    kw = dict(penalty=0.25, bonus=0.125, scale=np.float32([2.0, 1, 1, 1]))
-    got = anchor.token_advantages(advantages, tail, correct, think_end, found, **kw)
-    expected = [
-        [1.0, 0.5, 0.5, 1.0, 1.0],
-        [0.5, 0.5, 0.5, 0.625, 0.5],
-        [-1.0] * 5,
-        [2.0] * 5,
-    ]
+    tau, think = np.int32([1, 3, 1, 1]), np.int32([3, 3, 3, 3])
+    kw = dict(slots=5, penalty=0.25, bonus=0.125, scale=np.float32([2.0, 1, 1, 1]))
+    got = anchor.process(correct, tau, think, found, **kw)
+    expected = [[0, -0.5, -0.5, 0, 0], [0, 0, 0, 0.125, 0], [0] * 5, [0] * 5]
     np.testing.assert_allclose(got, np.float32(expected), rtol=1e-6)
-    jitted = jax.jit(lambda *x: anchor.token_advantages(*x, **kw))
-    of_jax = jitted(*map(jnp.asarray, (advantages, tail, correct, think_end, found)))
+    jitted = jax.jit(lambda *x: anchor.process(*x, **kw))
+    of_jax = jitted(*map(jnp.asarray, (correct, tau, think, found)))
     assert of_jax.dtype == got.dtype == np.float32
     np.testing.assert_allclose(of_jax, got, rtol=1e-6)
-    plain = anchor.token_advantages(advantages, tail, correct, think_end, found, penalty=0.0)
-    np.testing.assert_array_equal(plain, np.broadcast_to(advantages[:, None], (4, 5)))
+    plain = anchor.process(correct, tau, think, found, slots=5, penalty=0.0)
+    np.testing.assert_array_equal(plain, np.zeros((4, 5)))
     with pytest.raises(ValueError, match="penalty and bonus >= 0; received -1"):
-        anchor.token_advantages(advantages, tail, correct, think_end, found, penalty=-1)
+        anchor.process(correct, tau, think, found, slots=5, penalty=-1)
 
 
 def test_no_bonus_for_what_was_cut_off():
     """A "</think>" beyond the row, or one that was never written, earns nothing."""
     one = np.float32([1])
-    tail = np.zeros((1, 4), bool)
-    for think_end in (4, 9, -1):
-        got = anchor.token_advantages(
-            one, tail, one, np.int32([think_end]), one, penalty=1.0, bonus=1.0
-        )
-        np.testing.assert_array_equal(got, np.ones((1, 4)))
+    for think in (4, 9, -1):
+        at = np.int32([think])
+        got = anchor.process(one, at, at, one, slots=4, penalty=1.0, bonus=1.0)
+        np.testing.assert_array_equal(got, np.zeros((1, 4)))
 
 
 def test_the_text_reward_is_the_formula():

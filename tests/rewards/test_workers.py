@@ -248,7 +248,8 @@ def test_a_reward_of_a_config_is_guarded():
     with Workers({"verdict": reward}, workers=1) as workers:
         assert workers._crew
         graded = workers.grade([("p", answer, {"label": "tie"})])["verdict"]
-    assert graded.parts == ("accuracy", "format") and graded.values.tolist() == [[1.0, 1.0]]
+    assert graded.parts == ("accuracy", "format", "read")
+    assert graded.values.tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_order_and_names(small):

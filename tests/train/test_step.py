@@ -363,7 +363,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_so(x, loss_bad, micr
     step = steps.make_train_step(
         root, rows_of, {"line": 1.0}, tx, microbatches=microbatches, ema=0.5, clip=1.0
     )
-    state = states.create({"w": jnp.array([1.0, -1.0])}, tx, jax.random.key(0), ema=True)
+    state = states.create({"w": jnp.array([1.0, -1.0])}, tx, jax.random.key(0), copies=["ema"])
     state, good = step(state, {}, {"x": jnp.array([1.0, 4.0])})
     kept = jax.tree.map(np.asarray, (state.params, state.opt_state, state.extra))
     state, metrics = step(state, {}, {"x": jnp.array(x)})
@@ -383,7 +383,7 @@ def test_average_of_the_parameters_by_hand():
     """Catches an average of the parameters before the update, and swapped factors."""
     tx = optax.sgd(0.1)
     step = steps.make_train_step(line, rows_of, {"line": 1.0}, tx, ema=0.75)
-    state = states.create({"w": jnp.array([1.0, -1.0])}, tx, jax.random.key(0), ema=True)
+    state = states.create({"w": jnp.array([1.0, -1.0])}, tx, jax.random.key(0), copies=["ema"])
     for _ in range(2):
         state, _ = step(state, {}, X)
     # w: 1, 0.7, 0.4 and -1, -1.2, -1.4

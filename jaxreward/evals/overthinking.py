@@ -66,6 +66,50 @@ def outcomes(
     }
 
 
+def sampled(
+    predict: Callable[..., Any],
+    prompts: list[Any],
+    *,
+    reward: str = "apr",
+    n: int = 4,
+    temperature: float = 1.0,
+) -> Iterator[tuple[str, float]]:
+    """`measures` of answers that are sampled here, for `config.evals` of online RL.
+
+    Args:
+      predict: (prompts, n, temperature) -> `evals.sampled.Answered`.
+      prompts: Held out, from `data.prompts.encode`; a record may have a `subset`.
+      reward: Which entry of `config.rewards` is `anchor.apr`, whose parts are read.
+      n: Answers to each. temperature: Of sampling.
+
+    Raises:
+      KeyError: if no reward of that name gives an anchor.
+    """
+    answered = predict(prompts, n, temperature)
+    if f"{reward}/anchor" not in answered.parts:
+        raise KeyError(
+            f"evals read the parts of rewards.{reward}, which gives no anchor; name the entry that "
+            f"is anchor.apr. There are {', '.join(answered.parts)}"
+        )
+    part = lambda name: answered.parts[f"{reward}/{name}"].ravel().astype(np.float64)
+    subsets = [prompt["record"].get("subset") or "" for prompt in prompts]
+    yield from measures(
+        {
+            "accuracy": part("accuracy"),
+            "length": answered.length.ravel().astype(np.float64),
+            "no_anchor": 1 - part("anchor"),
+            "unfinished": 1 - part("format"),
+            "pre_anchor": part("pre"),
+            "tail": part("tail"),
+            "rho": part("rho"),
+            "wavered": (part("excursions") > 0).astype(np.float64),
+            "in_tokens": part("in_tokens"),
+            "problem": np.repeat(np.arange(len(prompts)), n),
+            "subset": np.repeat(np.asarray(subsets, np.str_), n),
+        }
+    )
+
+
 def measures(found: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float]]:
     """Metrics of `outcomes`.
 

@@ -346,14 +346,20 @@ def write(
     return out
 
 
-def write_tiny(folder: str | Path, *, seed: int = 0) -> Path:
-    """A random two-layer model with a byte tokenizer, as a Hugging Face folder (`init="tiny"`)."""
+def write_tiny(folder: str | Path, *, seed: int = 0, **sizes) -> Path:
+    """A random model with a byte tokenizer, as a Hugging Face folder; `init="tiny"` is this.
+
+    Args:
+      folder: Where it goes; one that is there already is left as it is.
+      seed: Of the weights.
+      **sizes: Fields of `decoder.Config` beside those of `testing.tiny_config`.
+    """
     from jaxreward import testing
 
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return folder
-    cfg = testing.tiny_config()
+    cfg = testing.tiny_config(**sizes)
     source = testing.write_tokenizer(folder.with_name(folder.name + ".tokenizer"))
     raw = families.to_hf_config(cfg) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     (source / "config.json").write_text(json.dumps(raw))

@@ -1,0 +1,162 @@
+"""APR in miniature: does a penalty on the answer-stable tail shorten it, and what does it cost?
+
+A model of 0.3M parameters that reads bytes first learns, by imitation, to overthink
+(`data.corpora.overthinking`); then RL runs from it, once a variant and seed, all with the same
+prompts, rounds and settings but for what the variant says. docs/papers/apr.md has the task, the
+split, the metric, the stopping rule and the ordering that was expected, written before the runs.
+
+    python docs/papers/miniature/apr.py --work runs/apr_miniature [--seeds 0,1,2] [--only apr-0.5]
+
+A run that is done is not made again; one that was killed goes on. Lines go to `apr.jsonl` beside
+this file, and the picture to `apr.png`.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import common
+
+from jaxreward.data.corpora import overthinking as world
+from jaxreward.recipes import online_rl
+
+# Problems of each kind that are drawn, and how many of them are held out.
+DRAWN = {"easy": (90, 30), "hard": (480, 80), "helps": (324, 80)}
+SFT_STEPS, ROUNDS = 1500, 60
+
+
+def shaped(fn, **kw):
+    """Accuracy alone in the reward, and a function of the whole length in its place."""
+    term = dict(fn=f"length.{fn}", coef=1.0, **kw)
+    return dict(weights={}, shaping=dict(length=term))
+
+
+# What each variant changes. `weights` are those of rewards.apr, whose other keys go into it.
+VARIANTS = {
+    "accuracy": dict(apr=dict(lam=0.0)),
+    "apr-0.25": dict(apr=dict(lam=0.25)),
+    "apr-0.5": dict(apr=dict(lam=0.5)),
+    "apr-0.9": dict(apr=dict(lam=0.9)),
+    "first-0.5": dict(apr=dict(lam=0.5, anchor="first")),
+    "std-0.5": dict(
+        apr=dict(lam=0.5),
+        overrides=["rollouts.reduction=sequence", "losses.policy.clip_high=0.2"],
+        advantages=dict(fn="advantage.group_relative", scale="std"),
+    ),
+    "total-0.25": shaped("total_ratio", max_length=208, lam=0.25),
+    "total-0.5": shaped("total_ratio", max_length=208, lam=0.5),
+    "total-0.9": shaped("total_ratio", max_length=208, lam=0.9),
+    "truncation-120": shaped("truncation", target=120),
+    "truncation-90": shaped("truncation", target=90),
+    "truncation-60": shaped("truncation", target=60),
+}
+
+
+def data(work, seed):
+    """(training problems, held-out ones): no two share a key."""
+    train, held = [], []
+    for kind, (count, out) in DRAWN.items():
+        drawn = world.problems(kind, count=count, seed=seed)
+        held += drawn[:out]
+        train += drawn[out:]
+    drop = lambda rows: [{k: v for k, v in r.items() if k != "derivation"} for r in rows]
+    return drop(train), drop(held)
+
+
+def config_of(name, *, seed, base, folder, train, held):
+    """The config of a variant."""
+    variant = dict(VARIANTS[name])
+    overrides = variant.pop("overrides", [])
+    made = common.load(
+        "apr/miniature",
+        [
+            f"seed={seed}",
+            f"models.policy.init=hf:{base}",
+            f"data.path={common.write(folder / 'train.jsonl', train)}",
+            f"data.eval_path={common.write(folder / 'held.jsonl', held)}",
+            f"train.steps={ROUNDS}",
+            *overrides,
+        ],
+    )
+    made.unlock()
+    apr = dict(made.rewards.apr) | variant.pop("apr", {})
+    if "weights" in variant:
+        apr["weights"] = variant.pop("weights")
+    made.rewards = dict(apr=apr)
+    for section, value in variant.items():
+        made[section] = value
+    return made.lock()
+
+
+def main():
+    """Makes what is missing, and the picture of what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="variants, separated by commas")
+    parser.add_argument("--out", type=Path, default=common.HERE / "apr.jsonl")
+    args = parser.parse_args()
+    names = args.only.split(",") if args.only else list(VARIANTS)
+    results = common.Results(args.out)
+    for seed in map(int, args.seeds.split(",")):
+        folder = args.work.resolve() / f"seed{seed}"
+        train, held = data(folder, seed)
+        traces = world.traces(train, seed=seed, each=8)
+        rows = [{k: t[k] for k in ("id", "prompt", "completion")} for t in traces]
+        base = common.fine_tuned(folder / "base", rows, seed=seed, steps=SFT_STEPS)
+        where = dict(base=base, folder=folder, train=train, held=held)
+        if not results.has(variant="base", seed=seed):
+            config = config_of("accuracy", seed=seed, **where)
+            results.add(variant="base", seed=seed, **common.before(config, folder / "measured"))
+        for name in names:
+            if results.has(variant=name, seed=seed):
+                continue
+            start = time.monotonic()
+            config = config_of(name, seed=seed, **where)
+            online_rl.run(config, folder / name)
+            found, rounds = common.after(folder / name)
+            curve = [row["train/rollouts/outcome"] for row in rounds]
+            took = round(time.monotonic() - start)
+            results.add(variant=name, seed=seed, seconds=took, curve=curve, **found)
+    picture(results.rows, common.HERE / "apr.png")
+
+
+def picture(rows, path):
+    """Accuracy against length, and tail against what precedes it; every seed a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = {"base": "k", "accuracy": "tab:gray", "apr": "tab:blue", "first": "tab:cyan"}
+    kinds |= {"std": "tab:purple", "total": "tab:orange", "truncation": "tab:red"}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    shown = set()
+    for row in rows:
+        kind = row["variant"].partition("-")[0]
+        label = kind if kind not in shown else None
+        shown.add(kind)
+        for axis, (x, y) in zip(axes, PANELS):
+            axis.plot(
+                row[f"heldout/{x}"],
+                row[f"heldout/{y}"],
+                "o",
+                color=kinds[kind],
+                label=label,
+                alpha=0.8,
+            )
+    for axis, (x, y) in zip(axes, PANELS):
+        axis.set(xlabel=x.replace("_", " ") + ", tokens", ylabel=y.replace("_", " "))
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PANELS = (
+    ("length/hard", "accuracy/hard"),
+    ("length/helps", "accuracy/helps"),
+    ("pre_anchor", "tail"),
+)
+
+if __name__ == "__main__":
+    main()

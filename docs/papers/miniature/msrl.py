@@ -1,0 +1,192 @@
+"""MSRL's text stages in miniature: a judge by rationales first (1a) and rewards second (1b).
+
+A judge of 0.4M parameters that reads bytes is shown a sum and two results, and names the right
+one. Its base knows how to work a sum out, and knows the form of a verdict, but not that one has to
+do with the other: it names A or B at random. From there, at equally many updates:
+
+    sft      imitates rationales of a few pairs
+    rl       GRPO on many pairs that have a label and no rationale
+    msrl     half of the updates the first, then half the second
+
+docs/papers/msrl.md has the task, the split, the metric, the stopping rule and the ordering that was
+expected, written before the runs.
+
+    python docs/papers/miniature/msrl.py --work runs/msrl_miniature [--seeds 0,1,2]
+
+A run that is done is not made again; one that was killed goes on. Lines go to `msrl.jsonl` beside
+this file, and the picture to `msrl.png`.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import common
+
+from jaxreward.data import judges
+from jaxreward.data.corpora import overthinking as world
+from jaxreward.recipes import online_rl
+from jaxreward.rewards import verdict
+
+RATIONALES, LABELS, HELD = 64, 512, 128  # pairs
+BASE_STEPS, UPDATES = 800, 80
+ARMS = ("sft", "rl", "msrl")
+
+
+def layout(prompt, first, second):
+    """The judge's prompt: short, since the model reads bytes."""
+    return f"{prompt}\nA {first}\nB {second}\n"
+
+
+def pairs(seed):
+    """Sums with the right result and a wrong one near it: (rationales, labels, held out)."""
+    draw = random.Random(seed)
+    made = []
+    for problem in world.problems("hard", count=RATIONALES + LABELS + HELD, seed=seed):
+        right = int(problem["answer"])
+        wrong = max(0, right + draw.choice((-3, -2, -1, 1, 2, 3)))
+        wrong = wrong if wrong != right else right + 1
+        question = problem["prompt"].partition("\n")[0]
+        row = dict(id=problem["id"], prompt=question, chosen=str(right), rejected=str(wrong))
+        made.append(row)
+    return made[:RATIONALES], made[RATIONALES:-HELD], made[-HELD:]
+
+
+def worked(question):
+    """The steps of a sum, as the world's traces have them."""
+    steps, _ = world._steps(question.partition("=")[0])
+    return steps.partition("answer")[0].strip()
+
+
+def base_rows(seed):
+    """What the base imitates: sums worked out, and verdicts that are drawn."""
+    draw, rows = random.Random(seed + 1000), []
+    for i, problem in enumerate(world.problems("hard", count=1000, seed=seed + 1000)):
+        question = problem["prompt"].partition("\n")[0]
+        rows.append(dict(id=f"s{i}", prompt=f"{question}\n", completion=worked(question)))
+        first, second = problem["answer"], str(int(problem["answer"]) + draw.choice((1, 2, 3)))
+        thought = draw.choice((worked(question), "A or B?", "let me see"))
+        rows.append(
+            dict(
+                id=f"v{i}",
+                prompt=layout(question, *draw.sample((first, second), 2)),
+                completion=verdict.render(draw.choice("AB"), thought),
+            )
+        )
+    return rows
+
+
+def rationales(some, seed):
+    """Rows of 1a: the sum worked out, and the letter that follows."""
+    made = []
+    for pair, row in zip(some, judges.rows(some, seed=seed, layout=layout)):
+        text = verdict.render(row["label"], worked(pair["prompt"]))
+        made.append(dict(id=row["id"], prompt=row["prompt"], completion=text))
+    return made
+
+
+def rl_config(folder, *, seed, start, labelled, held, steps):
+    """GRPO as MSRL's 1b has it, at this size."""
+    rows = judges.rows(labelled, seed=seed, layout=layout)
+    test = judges.rows(held, seed=seed, both=True, layout=layout)
+    return common.load(
+        "msrl/text_grpo:laptop",
+        [
+            f"seed={seed}",
+            f"models.policy.init=hf:{start}",
+            f"data.path={common.write(folder / 'labels.jsonl', rows)}",
+            f"data.eval_path={common.write(folder / 'held.jsonl', test)}",
+            "data.corpus=",
+            "data.template=plain",
+            "data.max_len=64",
+            "data.batch=4",
+            "rollouts.prompts=32",
+            "rollouts.max_new=96",
+            "rollouts.workers=0",
+            "rollouts.show=1",
+            "optim.lr=3e-4",
+            "optim.schedule=constant",
+            f"train.steps={steps}",
+            "train.eval_every=0",
+            "train.save_every=40",
+            "evals.heldout.n=1",
+        ],
+    )
+
+
+def main():
+    """Makes what is missing, and the picture of what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", type=Path, default=common.HERE / "msrl.jsonl")
+    args = parser.parse_args()
+    results = common.Results(args.out)
+    for seed in map(int, args.seeds.split(",")):
+        folder = args.work.resolve() / f"seed{seed}"
+        some, labelled, held = pairs(seed)
+        base = common.fine_tuned(
+            folder / "base", base_rows(seed), seed=seed, steps=BASE_STEPS, max_len=160
+        )
+        data = dict(seed=seed, labelled=labelled, held=held)
+
+        def imitated(steps):
+            rows = rationales(some, seed)
+            kw = dict(seed=seed, steps=steps, start=base, lr=3e-4, max_len=160, batch=16)
+            return common.fine_tuned(folder / f"sft{steps}", rows, **kw)
+
+        def measured(start, name):
+            config = rl_config(folder, start=start, steps=1, **data)
+            return common.before(config, folder / f"measured-{name}")
+
+        if not results.has(variant="base", seed=seed):
+            results.add(variant="base", seed=seed, **measured(base, "base"))
+        if not results.has(variant="sft-half", seed=seed):
+            found = measured(imitated(UPDATES // 2), "sft-half")
+            results.add(variant="sft-half", seed=seed, **found)
+        for arm in ARMS:
+            if results.has(variant=arm, seed=seed):
+                continue
+            began, curve = time.monotonic(), []
+            if arm == "sft":
+                found = measured(imitated(UPDATES), arm)
+            else:
+                half = arm == "msrl"
+                start = imitated(UPDATES // 2) if half else base
+                steps = UPDATES // 2 if half else UPDATES
+                online_rl.run(rl_config(folder, start=start, steps=steps, **data), folder / arm)
+                found, rounds = common.after(folder / arm)
+                curve = [row["train/rollouts/outcome"] for row in rounds]
+            took = round(time.monotonic() - began)
+            results.add(variant=arm, seed=seed, seconds=took, curve=curve, **found)
+    picture(results.rows, common.HERE / "msrl.png")
+
+
+def picture(rows, path):
+    """Accuracy in both orders by arm, and the curves of the rewards; every seed its own mark."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = ("base", "sft-half", *ARMS)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for row in rows:
+        x = arms.index(row["variant"]) + 0.12 * (row["seed"] - 1)
+        y = row["heldout/pair_accuracy"]
+        bars = [[y - row["heldout/pair_accuracy_low"]], [row["heldout/pair_accuracy_high"] - y]]
+        left.errorbar(x, y, yerr=bars, fmt="o", color=f"C{row['seed']}", capsize=2)
+        if row.get("curve"):
+            offset = UPDATES - len(row["curve"])
+            style = "-" if row["variant"] == "msrl" else ":"
+            places = [offset + i for i in range(len(row["curve"]))]
+            right.plot(places, row["curve"], style, color=f"C{row['seed']}")
+    left.set(xticks=range(len(arms)), xticklabels=arms, ylabel="right in both orders", ylim=(0, 1))
+    right.set(xlabel="update", ylabel="right verdicts while training (msrl: lines, rl: dots)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -184,7 +184,7 @@ def known_keys():
         "models.policy.outputs",
         "models.policy.output_weights",
     }
-    for name in presets.shipped():
+    for name in (*presets.shipped(), "online_rl/math:ppo"):
         for key in keys(name):
             parts = any_name(key).split(".")
             found |= {".".join(parts[:i]) for i in range(2, len(parts) + 1)}

@@ -75,8 +75,8 @@ def test_runs(path, kernel, tmp_path, require):
     assert not [p for p in (tmp_path / "TMPDIR").rglob("*") if p.is_file()]
     images = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     assert any("image/png" in out.get("data", {}) for out in images)
-    if path.stem == "quickstart":
-        quickstart(notebook)
+    checks = {"quickstart": quickstart, "grpo_judge": grpo_judge}
+    checks.get(path.stem, lambda notebook: None)(notebook)
 
 
 def quickstart(notebook):
@@ -92,3 +92,14 @@ def quickstart(notebook):
     differences = re.findall(r"difference (\S+)", by["AutoTokenizer"])
     if "torch is not installed" not in by["AutoTokenizer"]:
         assert len(differences) == 2 and all(float(x) < 1e-4 for x in differences)
+
+
+def grpo_judge(notebook):
+    """Its numbers: rationales taught the form, rewards made it right more often, in both orders."""
+    said = "".join(shown(cell) for cell in notebook.cells if cell.cell_type == "code")
+    found = re.findall(r"^(\w+) +before ([\d.]+)  after ([\d.]+)$", said, re.M)
+    before, after = ({name: float(x[k]) for name, *x in found} for k in (0, 1))
+    assert before["unparseable"] < 0.6 and after["unparseable"] < before["unparseable"] + 0.02
+    assert after["single_accuracy"] > before["single_accuracy"] + 0.05
+    assert after["pair_accuracy"] <= after["consistency"]
+    assert "<answer>" in said and "judge/accuracy" in said

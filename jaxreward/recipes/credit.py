@@ -180,6 +180,7 @@ class Credit:
         wanted = self.needs_old or reference or self._values
         self._measure = make_measure(plan, config, where) if wanted else None
         self._start = start if reference else None
+        self._assign = jax.jit(self._assigned, static_argnames="count")
         self._shaping = _Terms(config, "shaping")
         self._process = _Terms(config, "process", extra=("slots",))
         if self._process.terms and not at.offsets:
@@ -214,38 +215,71 @@ class Credit:
             k: np.concatenate([b[k] for b in batches])
             for k in ("answer", "group", "member", "index")
         }
-        group, member = joined["group"], joined["member"]
-        of = lambda x: np.where(group >= 0, x[group, member], 0.0).astype(np.float32)
-        keep = group >= 0
-        kept, counted = advantage.keep_groups(
-            of(grades.outcome),
-            group,
-            num_groups=at.prompts,
-            shaped=of(rewards) if at.filter == "shaped" else None,
-        )
-        if at.filter != "none":
-            keep &= np.asarray(kept)
-        if at.mask_truncated:
-            keep &= of(np.array([[a.finished for a in g] for g in groups])) > 0
-        answer = np.asarray(advantage.keep_answers(joined["answer"], keep))
-        old = ref = penalty = values = None
+        old = ref = None
         if self.needs_old or self._values:
             old = [self._measure(params, self._frozen, row) for row in rows]
         if self._start is not None:
             ref = [self._measure(self._start, self._frozen, row).logps for row in rows]
-        if at.reward_kl > 0:
-            over = policy.kl(
-                jnp.concatenate([x.logps for x in old]),
-                jnp.concatenate(ref),
-                kind="k1",
-                mask=answer >= 0,
-            )
-            penalty = at.reward_kl * over
-        if self._values:
-            values = jnp.concatenate([x.values for x in old])
+        whole = lambda parts: np.concatenate([np.asarray(x) for x in parts])
+        made = self._assign(
+            {k: joined[k] for k in ("answer", "group", "member")},
+            rewards,
+            grades.outcome,
+            np.array([[a.finished for a in g] for g in groups]),
+            whole(x.logps for x in old) if at.reward_kl > 0 else None,
+            whole(ref) if at.reward_kl > 0 else None,
+            whole(x.values for x in old) if self._values else None,
+            count=len(batches),
+        )
+        answer, each, returns, weight, counted = jax.device_get(made)
+        for term in self._of_tokens(grades, rewards, groups):
+            owner = np.maximum(answer, 0)
+            whose = [np.take_along_axis(joined[k], owner, axis=1) for k in ("group", "member")]
+            each = each + np.where(answer >= 0, term[*whose, joined["index"]], 0.0)
+        size = len(batches[0]["answer"])
+        for b, batch in enumerate(batches):
+            part = slice(b * size, (b + 1) * size)
+            batch["answer"], batch["advantages"] = answer[part], each[part]
+            batch["weight"] = weight[part]
+            if self.needs_old:
+                batch["old_logps"] = np.asarray(old[b].logps)
+            if ref is not None:
+                batch["ref_logps"] = np.asarray(ref[b])
+            if self._values:
+                batch["old_values"] = np.asarray(old[b].values)
+                batch["returns"] = returns[part]
+        return batches, {k: v.result() for k, v in counted.items()}
+
+    def _assigned(self, places, rewards, outcome, finished, old, ref, values, count):
+        """(answer, advantages, returns or None, weights, counts of groups) of all rows of a round.
+
+        Args:
+          places: answer [R, S], group and member [R, K] of all rows.
+          rewards, outcome, finished: Of the answers, [P, G].
+          old, ref: Log-probabilities for the penalty, or None. values: Or None; [R, S] all.
+          count: Minibatches that the rows make.
+        """
+        at = self._at
+        answer, group, member = places["answer"], places["group"], places["member"]
+        of = lambda x: jnp.where(group >= 0, x[group, member], 0.0).astype(jnp.float32)
+        keep, shaped = group >= 0, of(rewards)
+        kept, counted = advantage.keep_groups(
+            of(outcome),
+            group,
+            num_groups=at.prompts,
+            shaped=shaped if at.filter == "shaped" else None,
+        )
+        if at.filter != "none":
+            keep &= kept
+        if at.mask_truncated:
+            keep &= of(finished) > 0
+        answer = advantage.keep_answers(answer, keep)
+        penalty = None
+        if old is not None:
+            penalty = at.reward_kl * policy.kl(old, ref, kind="k1", mask=answer >= 0)
         known = {
-            "rewards": of(rewards),
-            "group": np.where(keep, group, -1),
+            "rewards": shaped,
+            "group": jnp.where(keep, group, -1),
             "num_groups": at.prompts,
             "answer": answer,
             "penalty": penalty,
@@ -257,24 +291,9 @@ class Credit:
             each = advantage.token_advantages(each, answer)
         if at.whiten:
             each = advantage.whiten(each, answer >= 0)
-        each = np.asarray(each)
-        for term in self._of_tokens(grades, rewards, groups):
-            index, owner = joined["index"], np.maximum(answer, 0)
-            whose = [np.take_along_axis(x, owner, axis=1) for x in (group, member)]
-            each = each + np.where(answer >= 0, term[*whose, index], 0.0)
-        size = len(batches[0]["answer"])
-        for b, batch in enumerate(batches):
-            part = slice(b * size, (b + 1) * size)
-            batch["answer"], batch["advantages"] = answer[part], each[part]
-            batch["weight"] = np.asarray(reduction(at, answer[part], group[part]).weight)
-            if self.needs_old:
-                batch["old_logps"] = np.asarray(old[b].logps)
-            if ref is not None:
-                batch["ref_logps"] = np.asarray(ref[b])
-            if self._values:
-                batch["old_values"] = np.asarray(old[b].values)
-                batch["returns"] = np.asarray(returns)[part]
-        return batches, {k: v.result() for k, v in counted.items()}
+        parts = zip(jnp.split(answer, count), jnp.split(group, count))
+        weight = jnp.concatenate([reduction(at, *part).weight for part in parts])
+        return answer, each, returns, weight, counted
 
     def _of_tokens(self, grades, rewards, groups):
         """The process terms, float32[P, G, longest answer] each."""

@@ -54,7 +54,7 @@ def batch():
         [[one] * ANSWERS], count=1, row_len=length, answers_per_row=2 * ANSWERS, multiple=1
     )
     assert efficiency == 1
-    kept = {k: v for k, v in made.items() if k not in ("member", "version")}
+    kept = {k: v for k, v in made.items() if k not in ("member", "index", "version")}
     zeros = np.zeros(made["answer"].shape, np.float32)
     return RolloutRows(**kept, advantages=zeros, weight=zeros, old_logps=zeros).validate()
 

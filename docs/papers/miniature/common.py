@@ -14,7 +14,7 @@ from jaxreward.hub import export
 from jaxreward.recipes import evaluate, online_rl, sft
 
 HERE = Path(__file__).resolve().parent
-SIZES = dict(width=96, depth=3, heads=4, kv_heads=4, head_dim=24, mlp=288, max_len=512)
+SIZES = dict(width=64, depth=3, heads=4, kv_heads=4, head_dim=16, mlp=192, max_len=512)
 
 
 def load(name, overrides, **sections):
@@ -34,12 +34,23 @@ def write(path, rows):
     return path
 
 
+def _new(folder, *, seed):
+    """A random model whose tokenizer has no chat template, so that texts are taken as they are."""
+    export.write_tiny(folder, seed=seed, **SIZES)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("chat_template", None)
+    path.write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
 def fine_tuned(folder, rows, *, seed, steps, start=None, lr=2e-3, max_len=256, batch=32):
     """The model that imitates `rows`, from a new small one or from `start`, as a folder."""
     out = folder / "model"
     if out.is_dir():
         return out
-    start = start or export.write_tiny(folder / "new", seed=seed, **SIZES)
+    start = start or _new(folder / "new", seed=seed)
     config = load(
         "sft/chat",
         [
@@ -65,8 +76,9 @@ def fine_tuned(folder, rows, *, seed, steps, start=None, lr=2e-3, max_len=256, b
 def before(config, folder):
     """What the evaluators say of the initial model."""
     built = online_rl.build(config, folder)
+    found = built.evaluate(built.state)
     built.batches.close()
-    return built.evaluate(built.state)
+    return found
 
 
 def after(workdir):
@@ -78,6 +90,17 @@ def after(workdir):
         if "train/rollouts/reward" in row:
             rounds.append(row)
     return found, rounds
+
+
+def evaluations(workdir, name):
+    """[(step, value, low, high)] of every evaluation of a run, where `name` has an interval."""
+    found = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ends = [row.get(f"eval/{name}{end}") for end in ("", "_low", "_high")]
+        if ends[0] is not None:
+            found[row["step"]] = (row["step"], *ends)
+    return [found[step] for step in sorted(found)]
 
 
 class Results:

@@ -33,7 +33,7 @@ def problems():
 
 
 def config_of(model, work, *, seed):
-    """GRPO with adapters on all layers."""
+    """GRPO with adapters on the upper layers."""
     train, held = problems()
     made = common.load(
         "online_rl/math",
@@ -43,21 +43,21 @@ def config_of(model, work, *, seed):
             "models.policy.train=lora",
             "models.policy.lora_rank=16",
             "models.policy.lora_alpha=32",
+            "models.policy.top_layers=8",
             f"data.path={common.write(work / 'train.jsonl', train)}",
             f"data.eval_path={common.write(work / 'held.jsonl', held)}",
             "data.max_len=96",
-            "data.batch=4",
-            "rollouts.prompts=16",
+            "data.batch=2",
+            "rollouts.prompts=8",
             "rollouts.answers=8",
-            "rollouts.max_new=32",
-            "rollouts.slots=64",
+            "rollouts.max_new=24",
             "rewards.answer.weights.format=0.0",
             "optim.lr=2e-4",
             f"train.steps={ROUNDS}",
             "train.save_every=5",
             f"train.eval_every={EVAL_EVERY}",
             "train.remat=none",
-            "evals.heldout.n=4",
+            "evals.heldout.n=2",
             "evals.heldout.temperature=1.0",
         ],
     )

@@ -57,7 +57,11 @@ def test_committed_clean(path):
     assert re.search(r"try:\s+import jaxreward\s+except ImportError:\s.*%pip install", first, re.S)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+SLOW = {"grpo_judge"}  # a minute and more where the cores are shared
+RUN = [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", RUN)
 def test_runs(path, kernel, tmp_path, require):
     """Catches a notebook that fell behind the library; nothing is left beside it."""
     require("nbclient")

@@ -21,8 +21,8 @@ from jaxreward.data.corpora import overthinking as world
 from jaxreward.recipes import online_rl
 
 # Problems of each kind that are drawn, and how many of them are held out.
-DRAWN = {"easy": (90, 30), "hard": (480, 80), "helps": (324, 80)}
-SFT_STEPS, ROUNDS = 1500, 60
+DRAWN = {"easy": (90, 30), "hard": (1500, 60), "helps": (324, 60)}
+SFT_STEPS, ROUNDS = 1600, 60
 
 
 def shaped(fn, **kw):
@@ -101,7 +101,7 @@ def main():
     for seed in map(int, args.seeds.split(",")):
         folder = args.work.resolve() / f"seed{seed}"
         train, held = data(folder, seed)
-        traces = world.traces(train, seed=seed, each=8)
+        traces = world.traces(train, seed=seed, each=4)
         rows = [{k: t[k] for k in ("id", "prompt", "completion")} for t in traces]
         base = common.fine_tuned(folder / "base", rows, seed=seed, steps=SFT_STEPS)
         where = dict(base=base, folder=folder, train=train, held=held)

@@ -96,7 +96,7 @@ def main():
         start = time.monotonic()
         folder = args.work.resolve() / f"seed{seed}"
         train, held = apr.data(folder, seed)
-        traces = world.traces(train, seed=seed, each=8)
+        traces = world.traces(train, seed=seed, each=4)
         rows = [{k: t[k] for k in ("id", "prompt", "completion")} for t in traces]
         base = common.fine_tuned(folder / "base", rows, seed=seed, steps=apr.SFT_STEPS)
         scorer = reward_model(folder, base, train, seed=seed)

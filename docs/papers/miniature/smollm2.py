@@ -50,7 +50,8 @@ def config_of(model, work, *, seed):
             "data.batch=2",
             "rollouts.prompts=8",
             "rollouts.answers=8",
-            "rollouts.max_new=24",
+            "rollouts.max_new=28",
+            "rollouts.temperature=0.8",
             "rewards.answer.weights.format=0.0",
             "optim.lr=2e-4",
             f"train.steps={ROUNDS}",
@@ -58,7 +59,7 @@ def config_of(model, work, *, seed):
             f"train.eval_every={EVAL_EVERY}",
             "train.remat=none",
             "evals.heldout.n=2",
-            "evals.heldout.temperature=1.0",
+            "evals.heldout.temperature=0.8",
         ],
     )
     return made

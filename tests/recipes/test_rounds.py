@@ -1,7 +1,10 @@
 """Rounds: replayed prompts, sampling one round ahead, and a sampler on devices of its own."""
 
+import gzip
+import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 from small_rl import lines, small
@@ -69,6 +72,73 @@ def test_a_resumed_run_ahead_is_the_same(tiny_folder, tmp_path):
     online_rl.run(whole, tmp_path / "run")
     want, got = (list(map(same, lines(tmp_path / name))) for name in ("whole", "run"))
     assert got == want and len(want) == 12
+
+
+def intervals(folder):
+    """{(program, devices): [(start, end)]} of everything that a trace shows on devices."""
+    (path,) = folder.rglob("*.trace.json.gz")
+    found = {}
+    for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
+        args = event.get("args") or {}
+        if event.get("ph") == "X" and "hlo_module" in args and "device_ordinal" in args:
+            end = event["ts"] + event["dur"]
+            key = args["hlo_module"], int(args["device_ordinal"])
+            found.setdefault(key, []).append((event["ts"], end))
+    return found
+
+
+@pytest.mark.slow
+def test_a_trace_shows_both_at_once(tiny_folder, tmp_path):
+    """Catches a wait that puts sampling and updates one after the other on devices of their own."""
+    made = small(
+        tiny_folder,
+        *AHEAD,
+        "train.steps=9",
+        # XLA's CPU client starts programs over several devices one after the other.
+        "rollouts.devices=1",
+        "mesh.data=3",
+        "data.batch=3",
+        "rollouts.max_new=48",
+        "rollouts.answers=8",
+    )
+    out = online_rl.build(made, tmp_path / "run")
+    state = out.state
+
+    def once(state):
+        out.before(state)
+        batch = out.to_device(next(out.batches))
+        return out.step(state, out.frozen, batch)[0]
+
+    for _ in range(3):  # compiled by then
+        state = jax.block_until_ready(once(state))
+    with jax.profiler.trace(tmp_path / "trace"):  # which keeps so many events, and no more
+        for _ in range(2):
+            state = once(state)
+        jax.block_until_ready(state.params)
+    out.batches.close()
+    found = intervals(tmp_path / "trace")
+    of = lambda name: {device: spans for (module, device), spans in found.items() if name in module}
+    sampled, updated = of("jit_sample"), of("jit_step")
+    assert set(sampled) == {3} and set(updated) == {0, 1, 2}, found.keys()
+    both = overlap(runs(sampled[3]), runs(updated[0]))
+    assert both > 0.2 * sum(end - start for start, end in runs(updated[0]))
+
+
+def overlap(one, other):
+    """How long spans of both kinds last at the same time."""
+    pairs = itertools.product(one, other)
+    return sum(max(0.0, min(b, d) - max(a, c)) for (a, b), (c, d) in pairs)
+
+
+def runs(spans, gap=50_000.0):
+    """Spans that follow each other within `gap` microseconds, joined."""
+    joined = []
+    for start, end in sorted(spans):
+        if joined and start - joined[-1][1] < gap:
+            joined[-1][1] = max(end, joined[-1][1])
+        else:
+            joined.append([start, end])
+    return joined
 
 
 def test_ahead_says_what_it_does_not_do(tiny_folder, tmp_path):

@@ -24,9 +24,9 @@ def get_config(arg=""):
     c.recipe = "online_rl"
     c.models = dict(policy=presets.decoder("lm", train="all", top_layers=0))
     c.models.policy.init = "hf:models/overthinks"
-    c.data = presets.prompts(max_len=32, batch=4, template="plain")
+    c.data = presets.prompts(max_len=32, row_len=256, batch=8, template="plain")
     c.rollouts = presets.rollouts(
-        prompts=32,
+        prompts=16,
         answers=8,
         max_new=208,
         outcome="apr/accuracy",

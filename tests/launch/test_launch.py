@@ -37,6 +37,14 @@ def alive(pid):
         return False
 
 
+def gone(*pids, within=10):
+    """Whether none of them runs, at once or soon: a killed process takes a moment to end."""
+    until = time.monotonic() + within
+    while any(map(alive, pids)) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
+
+
 def test_lines_carry_host_and_rank_and_success_is_zero(tmp_path, capsys):
     """Catches output that nobody can attribute, and a last line without its end that is lost."""
     code = launch.supervise(
@@ -60,7 +68,7 @@ def test_a_killed_process_ends_the_others_and_is_named(tmp_path, capsys):
     assert "rank 1 on host here failed: killed by SIGKILL" in err
     assert "  the last words" in err and "ended the others: rank 0" in err
     grandchild = int((tmp_path / "rank0.log").read_text())
-    assert not any(alive(pid) for pid in (*(w.process.pid for w in workers), grandchild))
+    assert gone(*(w.process.pid for w in workers), grandchild)
 
 
 def test_the_first_to_die_is_blamed(tmp_path, capsys):
@@ -122,10 +130,7 @@ def test_a_killed_launcher_leaves_nobody_behind(tmp_path):
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    until = time.monotonic() + 10
-    while alive(pid) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not alive(pid)
+    assert gone(pid)
 
 
 def test_gpus_are_split_evenly(tmp_path):

@@ -61,6 +61,7 @@ def parquet(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_verify_train_evaluate_export(folder, parquet, tmp_path, capsys):
     """Catches any step between a stranger's model and data and a reward model that is theirs."""
     run = str(tmp_path / "run")

@@ -46,7 +46,11 @@ def test_a_reward_model_on_pairs(finished, pairs_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rms_norm_eps", 0.05), ("rope_theta", 50.0)], ids=["norm", "rope"]
+    ("field", "value"),
+    [
+        pytest.param("rms_norm_eps", 0.05, id="norm"),
+        pytest.param("rope_theta", 50.0, id="rope", marks=pytest.mark.slow),
+    ],
 )
 def test_what_config_says_otherwise_is_found(tiny_folder, tmp_path, monkeypatch, field, value):
     """Catches tolerances that let a wrong epsilon or rotation pass: read differently here only."""

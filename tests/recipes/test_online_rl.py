@@ -324,7 +324,7 @@ def test_lora_has_its_base_as_reference(tiny_folder, tmp_path):
     losses = dict(
         policy=dict(fn="policy.clipped", coef=1.0), kl=dict(fn="policy.kl", coef=0.1, kind="k3")
     )
-    made = config(
+    made = small(
         tiny_folder,
         "rollouts.max_new=6",
         "models.policy.train=lora",

@@ -235,7 +235,7 @@ def embed(params: PyTree, cfg: Config, rows: Rows, *, rules: Rules | None = None
     return constrain(x, ("batch", "length", "act_embed"), rules)
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], cfg: Config):
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], cfg: Config):
     """x / rms(x) * scale (1 + scale with `plus_one`), in float32; returned in the dtype of x."""
     x32, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + cfg.norm_eps)

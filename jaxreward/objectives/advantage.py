@@ -151,7 +151,7 @@ def gdpo(
     group: Int[Array, "*answers"],
     *,
     num_groups: int,
-    weights: Float[Array, "R"] | None = None,
+    weights: Float[Array, " R"] | None = None,
     valid: Bool[Array, "*answers R"] | None = None,
     batch: bool = True,
     eps: float = 1e-4,

@@ -53,15 +53,15 @@ class Completion:
     """
 
     tokens: Int[Array, "N T"]
-    length: Int[Array, "N"]
-    reason: Int[Array, "N"]
+    length: Int[Array, " N"]
+    reason: Int[Array, " N"]
     logps: Float[Array, "N T"]
     full_logps: Float[Array, "N T"]
     steps: Int[Array, ""]
     slots: int = struct.field(pytree_node=False)
 
     @property
-    def finished(self) -> Bool[Array, "N"]:
+    def finished(self) -> Bool[Array, " N"]:
         """True if the answer reached a stop id or a stop string."""
         return self.reason >= 0
 
@@ -143,7 +143,7 @@ def sample(
     *,
     max_new: int,
     choose: Any,
-    stop: Int[Array, "E"],
+    stop: Int[Array, " E"],
     matcher: Integer[Array, "S V"] | None = None,
     rules: Rules | None = None,
     samples: int = 1,

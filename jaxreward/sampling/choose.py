@@ -24,11 +24,11 @@ HEAD = 256
 class Greedy:
     """The most likely token; ties go to the lowest id."""
 
-    def __call__(self, logits: Float[Array, "B V"], keys) -> Int[Array, "B"]:
+    def __call__(self, logits: Float[Array, "B V"], keys) -> Int[Array, " B"]:
         """Token ids; the keys are not used."""
         return self.pick(logits, keys)
 
-    def pick(self, logits: Float[Array, "B V"], keys) -> Int[Array, "B"]:
+    def pick(self, logits: Float[Array, "B V"], keys) -> Int[Array, " B"]:
         """The same: the distribution is not changed."""
         del keys
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -87,11 +87,11 @@ class Temperature:
     def __post_init__(self):
         _positive(self.temperature)
 
-    def __call__(self, logits: Float[Array, "B V"], keys) -> Int[Array, "B"]:
+    def __call__(self, logits: Float[Array, "B V"], keys) -> Int[Array, " B"]:
         """Token ids, one key a row: a row's sample does not depend on its neighbours."""
         return self.pick(self.logits(logits), keys)
 
-    def pick(self, logits: Float[Array, "B V"], keys) -> Int[Array, "B"]:
+    def pick(self, logits: Float[Array, "B V"], keys) -> Int[Array, " B"]:
         """A sample from softmax(logits), that is, from what `logits` returned."""
         return _drawn(logits, keys)
 
@@ -135,11 +135,11 @@ class Filtered:
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be from 0 (all) to 1; received {self.min_p}")
 
-    def __call__(self, logits: Float[Array, "B V"], keys) -> Int[Array, "B"]:
+    def __call__(self, logits: Float[Array, "B V"], keys) -> Int[Array, " B"]:
         """Token ids, one key a row: a row's sample does not depend on its neighbours."""
         return self.pick(self.logits(logits), keys)
 
-    def pick(self, logits: Float[Array, "B V"], keys) -> Int[Array, "B"]:
+    def pick(self, logits: Float[Array, "B V"], keys) -> Int[Array, " B"]:
         """A sample from softmax(logits), that is, from what `logits` returned."""
         return _drawn(logits, keys)
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 def best_of_n(
     scores: Float[np.ndarray, "P n"], valid: Bool[np.ndarray, "P n"] | None = None
-) -> Int[np.ndarray, "P"]:
+) -> Int[np.ndarray, " P"]:
     """The answer with the highest score, of each of P prompts.
 
     Args:
@@ -33,7 +33,7 @@ def best_of_n(
 
 
 def majority_vote(
-    answers: Int[np.ndarray, "n"], *, classes: int, on_tie: str = "first"
+    answers: Int[np.ndarray, " n"], *, classes: int, on_tie: str = "first"
 ) -> tuple[int, float]:
     """The most frequent answer.
 
@@ -70,13 +70,13 @@ def majority_vote(
 
 
 def select_cmkd(
-    answers: Int[np.ndarray, "n"],
-    well_formed: Bool[np.ndarray, "n"],
-    confidence: Float[np.ndarray, "n"],
+    answers: Int[np.ndarray, " n"],
+    well_formed: Bool[np.ndarray, " n"],
+    confidence: Float[np.ndarray, " n"],
     *,
     classes: int = 2,
     gold: int | None = None,
-    tie_break: Float[np.ndarray, "n"] | None = None,
+    tie_break: Float[np.ndarray, " n"] | None = None,
 ) -> tuple[int, int]:
     """The sampled answer that a student learns from, in cross-modal knowledge distillation.
 

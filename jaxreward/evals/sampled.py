@@ -1,6 +1,7 @@
 """Answers of a policy, graded by text rewards: in training, and on held-out prompts."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -100,6 +101,11 @@ class Grader:
             failed |= lost
             if lost.any():
                 failures[f"{name}: no finite score"] = int(lost.sum())
+                warnings.warn(
+                    f"reward {name!r} gave no finite score to {lost.sum():,} of {lost.size:,} "
+                    "answers, which count as failed, with reward 0",
+                    stacklevel=2,
+                )
             parts[f"{name}/score"] = values = np.where(lost, 0.0, values)
             reward += self._weights[name].get("score", 0.0) * values
         if self._outcome not in parts:

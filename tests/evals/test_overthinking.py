@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from jaxreward.data.corpora import overthinking as world
 from jaxreward.evals import overthinking as evals
+from jaxreward.evals.sampled import Answered
+from jaxreward.rewards import anchor
 
 FIRST = "first we add them up: 2 + 3 = 5\n\n"
 AGAIN = "once again, 2 plus 3: the answer is 5\n\n"
@@ -142,3 +144,26 @@ def test_aes_by_hand():
     assert evals.aes(0.5, 1000.0, **base)["aes"] == 0
     with pytest.raises(ValueError, match="positive accuracy and length; received 0"):
         evals.aes(0.5, 1.0, base_accuracy=0, base_length=1)
+
+
+def test_answers_that_are_sampled_are_measured_alike():
+    """Catches a part under another name, a problem that is each of its samples, lost subsets."""
+    texts = [FIRST + OUT, FIRST + AGAIN + OUT, OTHER + OUT, FIRST]
+    samples = [sample(t, id=str(i // 2), subset="ab"[i // 2]) for i, t in enumerate(texts)]
+    parts = [anchor.apr(r["prompt"], t, r, grace=0) for r, t, _ in samples]
+    of = lambda name: np.float32([p[name] for p in parts]).reshape(2, 2)
+    got = Answered(
+        outcome=of("accuracy"),
+        reward=of("reward"),
+        length=of("tokens"),
+        finished=np.ones((2, 2), bool),
+        parts={f"apr/{name}": of(name) for name in parts[0]},
+    )
+    prompts = [{"record": {"subset": name}} for name in "ab"]
+    found = dict(evals.sampled(lambda *args: got, prompts, n=2))
+    want = run(samples)
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name
+    with pytest.raises(KeyError, match=r"rewards\.other, which gives no anchor"):
+        list(evals.sampled(lambda *args: got, prompts, n=2, reward="other"))

@@ -473,3 +473,13 @@ def test_errors_say_what_was_expected(call, message):
     """Catches a silent broadcast, and a misspelt word that would train something else."""
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_ppo_by_hand():
+    """Catches returns that are whitened or lack the values, and a reward at another token."""
+    answer = jnp.array([[0, 0, -1]])
+    values = jnp.array([[0.5, 0.25, 9.0]])
+    got, returns = advantage.ppo(jnp.array([[1.0]]), values, answer, gamma=1.0, lam=0.5)
+    # delta: 0 + 0.25 - 0.5, 1 - 0.25; advantage of the first: -0.25 + 0.5 x 0.75.
+    np.testing.assert_allclose(got, [[0.125, 0.75, 0]], atol=1e-6)
+    np.testing.assert_allclose(returns, [[0.625, 1.0, 0]], atol=1e-6)

@@ -206,6 +206,20 @@ def test_the_value_head_is_not_exported(critic, tmp_path):
     assert names and not [name for name in names if "value" in name or "score" in name]
 
 
+def test_an_answer_without_a_score_costs_itself(built):
+    """Catches a NaN of a reward model that reaches the advantages of the whole round."""
+    made = small(built.folder, "rollouts.outcome=rm/score")
+    made.unlock()
+    made.rewards = dict(rm=dict(model="unused", weights=dict(score=2.0)))
+    scores = lambda prompts, answers: np.float32([[1.0, np.nan]])
+    grader = sampled.Grader(made.lock(), built.tokenizer, scorers={"rm": scores})
+    with pytest.warns(UserWarning, match=r"'rm' gave no finite score to 1 of 2"):
+        found, _ = grader([{"id": "a", "prompt": "P", "record": {}}], GROUPS[:1])
+    assert found.reward.tolist() == [[2, 0]] and found.failed.tolist() == [[False, True]]
+    assert list(found.failures.values()) == [1]
+    grader.close()
+
+
 @pytest.mark.slow
 def test_a_reward_model_as_reward(tiny_folder, tmp_path, built):
     """Catches scores of another answer, a template that is not the model's, and an answer that
@@ -234,8 +248,6 @@ def test_a_reward_model_as_reward(tiny_folder, tmp_path, built):
         )
         assert found.outcome[p, i] == pytest.approx(float(loaded.predict([alone])[0][0]), abs=1e-5)
     np.testing.assert_allclose(found.reward, 2 * found.outcome)
-    lost = scorers["rm"](["P"], [["x", "y"]])
-    assert lost.shape == (1, 2) and np.isfinite(lost).all()
     grader.close()
 
 

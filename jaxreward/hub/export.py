@@ -103,7 +103,7 @@ def pad_token(source: Path, raw: dict) -> tuple[int, str]:
 
 
 _CARD = """---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {task}
 tags:
 - jaxreward
@@ -184,6 +184,13 @@ inputs = tokenizer("2 + 2 =", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]))"""
 
 
+_DENOISE = """from jaxreward.hub import load
+
+folder = "."  # this folder
+cfg, params, _ = load.load(folder)
+print(cfg.mask, cfg.predict_offset, cfg.mask_id)"""
+
+
 def _snippet(head: heads.Config, template: str, adds_bos: int | None) -> str:
     """Python that scores an answer with transformers alone."""
     chat = template == "chat"
@@ -216,6 +223,20 @@ def _head_config(head: heads.Config, family: str) -> dict:
     return raw
 
 
+def _settle_tokenizer(path: Path, pad: str | None) -> None:
+    """Gives the tokenizer its pad, and takes out a class that would need code of the source."""
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text())
+    settled = {k: v for k, v in settings.items() if k != "auto_map"}
+    if settled != settings:
+        settled["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if pad is not None:
+        settled["pad_token"] = pad
+    if settled != settings:
+        path.write_text(json.dumps(settled, indent=2, ensure_ascii=False))
+
+
 def write(
     out: str | Path,
     cfg: decoder.Config,
@@ -233,12 +254,17 @@ def write(
     origin: str = "",
     facts: dict | None = None,
 ) -> Path:
-    """Writes `*ForSequenceClassification` (with `score`) or `*ForCausalLM` (without).
+    """Writes `*ForSequenceClassification` (with `score`), `*ForCausalLM` (without) or a denoiser.
 
     transformers has no class for a head with a hidden layer: there the folder is the bare model,
     with the head in score.safetensors and in the card the lines that put the two together. The
     tokenizer, its chat template and the generation settings are copied from `source`. A scorer
-    gets a pad id that differs from every end id. The folder appears whole or not at all.
+    gets a pad id that differs from every end id. The folder appears whole or not at all, and names
+    no code of others: `auto_map` of the source is left out.
+
+    transformers has no class for a denoiser. LLaDA and Dream folders are those of their own code;
+    one that began as a causal model keeps that model's names, and config.json says under
+    "jaxreward" what it is: transformers alone would run it as the causal model that it is not.
 
     Args:
       out: New folder.
@@ -253,7 +279,7 @@ def write(
       facts: Where the weights come from, for provenance.json; None writes none.
 
     Raises:
-      ValueError: on an unknown dtype, or if `out` is not empty.
+      ValueError: on an unknown dtype, if `out` is not empty, or if a denoiser has a score head.
     """
     from safetensors.numpy import save_file
 
@@ -262,6 +288,11 @@ def write(
         raise ValueError(f"cannot export dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; export into a new folder")
+    if score is not None and cfg.mask != "causal":
+        raise ValueError(
+            f"a score head reads the last token of a causal model; this one is a denoiser "
+            f"(mask={cfg.mask!r}), which is exported without `score`"
+        )
     if score is not None:
         made = {k: x.shape[-1] for k, x in trees.flatten(score).items() if k.endswith("kernel")}
         if made.get("out/kernel", made.get("kernel")) != len(head.outputs):
@@ -270,13 +301,18 @@ def write(
                 f"{', '.join(head.outputs)}; pass the `head` that belongs to it"
             )
     raw = load.read_config(source)
+    alike = raw.get("model_type", "llama") == cfg.family
     raw = {
-        **raw,
+        # Of another family's file only the token ids mean the same; code of others stays behind.
+        **{
+            name: value
+            for name, value in raw.items()
+            if name not in ("jaxreward", "auto_map") and (alike or name.endswith("token_id"))
+        },
         **families.to_hf_config(cfg),
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    raw.pop("jaxreward", None)
     pad_text = None
     if score is not None:
         pad, pad_text = pad_token(source, raw)
@@ -300,9 +336,21 @@ def write(
             protocol += " Only differences between answers to one prompt have a meaning."
         if max_len:
             protocol += f" It was trained on inputs of at most {max_len} tokens."
+    if cfg.mask != "causal":
+        snippet = _DENOISE
+        protocol = (
+            "This is a denoiser, a masked diffusion language model: attention is "
+            + ("not causal" if cfg.mask == "full" else f"causal by blocks of {cfg.block} positions")
+            + (f", token {cfg.mask_id} stands for a masked position" if cfg.mask_id >= 0 else "")
+            + ", and the state at a position predicts "
+            + ("the token after it." if cfg.predict_offset else "the token there.")
+            + " transformers has no class for it, and would run a model of this `model_type`, if "
+            "it knows one, as the causal model that this is not."
+        )
     card = _CARD.format(
+        library="transformers" if cfg.mask == "causal" else "jaxreward",
         task="text-classification" if score is not None else "text-generation",
-        tags="- reward-model\n" if score is not None else "",
+        tags="- reward-model\n" * (score is not None) + "- diffusion\n" * (cfg.mask != "causal"),
         title=title or out.name,
         about=about or ("A scalar reward model." if score is not None else "A language model."),
         version=__version__,
@@ -317,12 +365,7 @@ def write(
         for name in load.TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
-        if pad_text is not None:
-            settings = json.loads((partial / "tokenizer_config.json").read_text())
-            settings["pad_token"] = pad_text
-            (partial / "tokenizer_config.json").write_text(
-                json.dumps(settings, indent=2, ensure_ascii=False)
-            )
+        _settle_tokenizer(partial / "tokenizer_config.json", pad_text)
         save_file(
             tensors(cfg, params, score, dtype=dtype),
             partial / "model.safetensors",

@@ -1,6 +1,7 @@
 """A Hugging Face folder into a parameter tree: safetensors only, no torch, no remote code."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -35,6 +36,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+_QWEN2_FILES = ("vocab.json", "merges.txt")
 HEAD_FILE = "score.safetensors"  # a head that no class of transformers has
 
 
@@ -190,7 +192,8 @@ def load(
     process's shards and little more, however large the checkpoint is.
 
     Args:
-      folder: `*ForCausalLM`, `*ForSequenceClassification`, or a bare model with score.safetensors.
+      folder: `*ForCausalLM`, `*ForSequenceClassification`, a bare model with score.safetensors, or
+        a denoiser: LLaDA, Dream, or a model whose config.json says so (`families.hf_config`).
       rules: Mesh and layouts: each leaf goes to its storage sharding as soon as it is read.
       dtype: Dtype of the parameters.
 
@@ -199,7 +202,8 @@ def load(
 
     Raises:
       FileNotFoundError: if files are missing.
-      ValueError: listing every missing, unknown or wrongly shaped tensor at once.
+      ValueError: listing every missing, unknown or wrongly shaped tensor at once; or if a denoiser
+        has a score head.
     """
     raw = read_config(folder)
     cfg = families.hf_config(raw)
@@ -208,12 +212,19 @@ def load(
     wanted, found = _expected(table, cfg), _stored(files)
     apart = (Path(folder) / HEAD_FILE).is_file()
     scorer = apart or "score.weight" in found
+    if scorer and cfg.mask != "causal":
+        raise ValueError(
+            f"{folder} has a score head, and config.json makes it a denoiser (mask={cfg.mask!r}); "
+            "the head reads the last token of a causal model"
+        )
     if scorer and not cfg.tied and "lm_head.weight" not in found:
         # Sequence classification drops the language head: an untied scorer cannot generate.
         table = tuple(e for e in table if e.theirs != "lm_head.weight")
         del wanted["lm_head.weight"]
     # A tied checkpoint may store the head again; scorers bring their own; old files carry buffers.
-    spare = {"lm_head.weight", *(n for n in found if n.endswith("rotary_emb.inv_freq"))}
+    untied = families.hf_table(dataclasses.replace(cfg, tied=False))
+    head = next(e.theirs for e in untied if e.ours == "head/kernel")
+    spare = {head, *(n for n in found if n.endswith("rotary_emb.inv_freq"))}
     if scorer and not apart:
         wanted["score.weight"] = (*found["score.weight"][:1], cfg.width)
     shaped = [f"{n} {found[n]} for {s}" for n, s in sorted(wanted.items()) if found.get(n, s) != s]
@@ -307,17 +318,20 @@ def read_head(folder: str | Path, score: PyTree) -> heads.Config:
 def import_folder(folder: str | Path, out: str | Path) -> Path:
     """Copies a Hugging Face folder after checking that we can read it.
 
-    Weights, config and tokenizer files are copied and nothing else: no code, no pickle.
+    Weights, config and tokenizer files are copied and nothing else: no code, no pickle. Dream comes
+    with vocab.json and merges.txt and a tokenizer class of its own, which is Qwen2's: there
+    tokenizer.json is made of the two files by transformers' Qwen2 class.
 
     Raises:
       FileNotFoundError, ValueError: as `load`, or if `out` is not empty.
     """
     folder, out = Path(folder), Path(out)
-    families.hf_config(read_config(folder))
+    cfg = families.hf_config(read_config(folder))
     files = sorted({path.name for path in weight_files(folder).values()})
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose a new folder for the import")
-    if not (folder / "tokenizer.json").is_file():
+    convertible = cfg.family == "Dream" and all((folder / n).is_file() for n in _QWEN2_FILES)
+    if not convertible and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; scores need its tokenizer")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -327,6 +341,12 @@ def import_folder(folder: str | Path, out: str | Path) -> Path:
         for name in ("config.json", *files, index, HEAD_FILE, *TOKENIZER_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
+        if not (partial / "tokenizer.json").is_file():
+            from transformers import Qwen2Tokenizer
+
+            tokenizer = Qwen2Tokenizer.from_pretrained(str(partial), local_files_only=True)
+            tokenizer.backend_tokenizer.save(str(partial / "tokenizer.json"))
+            log.info("made tokenizer.json of %s", " and ".join(_QWEN2_FILES))
         load(partial)
         if out.exists():
             out.rmdir()

@@ -58,6 +58,7 @@ class Config:
       max_len: Longest position the checkpoint was trained for.
       mask: "causal"; for a denoiser "full", or "block" with `block` positions a block.
       predict_offset: 1 if the state at t predicts token t+1, 0 if it predicts token t.
+      mask_id: Token that stands for a masked position of a denoiser; -1 = none.
       compute: Dtype of matrix products.
       scan: Scan over layers (one compiled block); False unrolls them.
       remat: What the backward pass computes again: "cheap" (all but matrix products and
@@ -93,6 +94,7 @@ class Config:
     mask: str = "causal"
     block: int = 0
     predict_offset: int = 1
+    mask_id: int = -1
     compute: str = "float32"
     scan: bool = True
     remat: str = "cheap"
@@ -104,8 +106,14 @@ class Config:
             raise ValueError(f"{self.heads} heads do not share {self.kv_heads} key heads evenly")
         if self.mask not in attention.MASKS:
             raise ValueError(f"unknown mask {self.mask!r}; use {', '.join(attention.MASKS)}")
-        if (self.mask == "block") != (self.block > 0):
+        if (self.mask == "block") != (self.block > 0) or self.block < 0:
             raise ValueError(f"mask={self.mask!r} does not go with block={self.block}")
+        if self.predict_offset not in (0, 1):
+            raise ValueError(f"predict_offset is 0 or 1; received {self.predict_offset}")
+        if not -1 <= self.mask_id < self.vocab:
+            raise ValueError(
+                f"mask_id={self.mask_id} is no token of a vocabulary of {self.vocab}; -1 is none"
+            )
         if self.remat not in REMAT:
             raise ValueError(f"unknown remat {self.remat!r}; use {', '.join(REMAT)}")
         if self.act not in ACTS:

@@ -4,6 +4,10 @@ A family is what transformers calls `model_type`. `hf_config` turns a raw config
 `decoder.Config` or names what it cannot honour; `to_hf_config` goes back; `hf_table` pairs our
 leaves with a checkpoint's tensors. transformers' own defaults hold for absent fields (read in its
 configuration files, release 5.12).
+
+LLaDA and Dream are denoisers. transformers has no class for them, so what holds for absent fields
+was read in the configuration files that come with their checkpoints. A denoiser that began as a
+causal model keeps its family, and config.json says the rest under "jaxreward".
 """
 
 import dataclasses
@@ -19,8 +23,10 @@ class Family:
     """What the checkpoints of one `model_type` have in common.
 
     Attributes:
-      classes: Prefix of the transformers classes, "Llama" in `LlamaForCausalLM`.
-      fixed: Fields of `Config` that are the same in every checkpoint.
+      classes: Prefix of the transformers classes, "Llama" in `LlamaForCausalLM`; of a denoiser the
+        whole name of its one class.
+      fixed: Fields of `Config` that are the same in every checkpoint. A family with a `mask` here
+        is one of denoisers.
       defaults: What transformers takes for a field that config.json leaves out.
       pattern: Which layers have a sliding window if config.json gives one and no `layer_types`:
         "none", "all", "upper" (from `max_window_layers`), "gemma2" or "gemma3" (every so many).
@@ -48,6 +54,13 @@ FAMILIES = {
         "gemma2",
     ),
     "gemma3_text": Family("Gemma3Text", _GEMMA | dict(qk_norm=True), _GEMMA_DEFAULTS, "gemma3"),
+    "Dream": Family(
+        "DreamModel",
+        dict(bias=True, mask="full", predict_offset=1),
+        dict(num_key_value_heads=32, max_position_embeddings=32768, mask_token_id=151666)
+        | dict(use_sliding_window=False),
+    ),
+    "llada": Family("LLaDAModelLM", dict(mask="full", predict_offset=0), {}),
 }
 
 _NEEDED = (
@@ -71,10 +84,46 @@ _MUST_BE = {
     "quantization_config": (),
     "attention_chunk_size": (),
     "no_rope_layers": (),
+    "use_mrope": (False,),
+}
+# LLaDA's config.json has names of its own. Of the fields that change the computation: what its
+# code takes where they are absent, and what the decoder implements.
+_LLADA_NEEDED = ("d_model", "n_heads", "n_layers", "vocab_size", "mask_token_id")
+_LLADA_MUST_BE = {
+    "block_type": ("sequential", ("llama",)),
+    "layer_norm_type": ("default", ("rms",)),
+    "layer_norm_with_affine": (True, (True,)),
+    "bias_for_layer_norm": (None, (None, False)),
+    "attention_layer_norm": (False, (False,)),
+    "activation_type": ("swiglu", ("silu",)),
+    "include_bias": (False, (False,)),
+    "rope": (False, (True,)),
+    "rope_full_precision": (True, (True,)),
+    "rope_scaling": (None, (None,)),
+    "alibi": (False, (False,)),
+    "input_emb_norm": (False, (False,)),
+    "scale_logits": (False, (False,)),
+    "block_group_size": (1, (1,)),
+}
+# Its tensors by those of Llama; silu goes over ff_proj.
+_LLADA_NAMES = {
+    "model.embed_tokens": "wte",
+    "input_layernorm": "blocks.{layer}.attn_norm",
+    "self_attn.q_proj": "blocks.{layer}.q_proj",
+    "self_attn.k_proj": "blocks.{layer}.k_proj",
+    "self_attn.v_proj": "blocks.{layer}.v_proj",
+    "self_attn.o_proj": "blocks.{layer}.attn_out",
+    "post_attention_layernorm": "blocks.{layer}.ff_norm",
+    "mlp.gate_proj": "blocks.{layer}.ff_proj",
+    "mlp.up_proj": "blocks.{layer}.up_proj",
+    "mlp.down_proj": "blocks.{layer}.ff_out",
+    "model.norm": "ln_f",
+    "lm_head": "ff_out",
 }
 _LLAMA3 = dict(
     low="low_freq_factor", high="high_freq_factor", original="original_max_position_embeddings"
 )
+_DENOISER = ("mask", "block", "predict_offset", "mask_id")  # in config.json under "jaxreward"
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
@@ -82,10 +131,12 @@ def hf_config(raw: dict) -> Config:
     """Config of a checkpoint from its raw config.json.
 
     Reads both spellings of the rotary parameters: `rope_theta` with `rope_scaling`, and
-    `rope_parameters` of newer files, which wins where a file has both.
+    `rope_parameters` of newer files, which wins where a file has both. An entry
+    "jaxreward": {"denoiser": {...}}, as `to_hf_config` writes it, makes a denoiser of the model.
 
     Raises:
-      ValueError: naming every field whose value the decoder does not implement.
+      ValueError: naming every field whose value the decoder does not implement, or what is wrong
+        with the entry.
     """
     kind = raw.get("model_type", "llama")
     if kind not in FAMILIES:
@@ -96,6 +147,15 @@ def hf_config(raw: dict) -> Config:
             f"config.json asks for model_type={kind!r}, which is not supported{hint}. "
             f"Supported: {', '.join(FAMILIES)}"
         )
+    cfg = _llada_config(raw) if kind == "llada" else _config(raw, kind)
+    if "mask" in FAMILIES[kind].fixed and cfg.heads * cfg.head_dim != cfg.width:
+        raise ValueError(
+            f"config.json ({kind}): {cfg.heads} heads of {cfg.head_dim} do not make up {cfg.width}"
+        )
+    return _denoiser(cfg, raw)
+
+
+def _config(raw: dict, kind: str) -> Config:
     family = FAMILIES[kind]
     at = family.defaults | {k: v for k, v in raw.items() if v is not None}
     explicit_none = {k for k, v in raw.items() if v is None} & {
@@ -104,6 +164,7 @@ def hf_config(raw: dict) -> Config:
         "final_logit_softcapping",
         "num_key_value_heads",
         "head_dim",
+        "mask_token_id",
     }
     at = {k: v for k, v in at.items() if k not in explicit_none}
     problems = [f"missing {f}" for f in _NEEDED if f not in at]
@@ -116,6 +177,8 @@ def hf_config(raw: dict) -> Config:
     if act not in allowed:
         problems.append(f"hidden_act={act!r}")
     if family.pattern == "none":
+        if at.get("use_sliding_window") is False:
+            at.pop("sliding_window", None)
         local = at.get("sliding_window") or _LOCAL in (at.get("layer_types") or ())
         problems += [
             f"{f}={at[f]!r}" for f in ("sliding_window", "layer_types") if f in at and local
@@ -123,6 +186,8 @@ def hf_config(raw: dict) -> Config:
         problems += ["use_sliding_window=True"] if at.get("use_sliding_window") else []
     if kind == "gemma3_text" and at.get("attn_logit_softcapping"):
         problems.append(f"attn_logit_softcapping={at['attn_logit_softcapping']!r}")
+    masked = "mask" in family.fixed and "vocab_size" in at
+    mask_id = _mask_id(at, at["vocab_size"], problems) if masked else -1
     ropes, found = _ropes(at, kind)
     problems += found
     if problems:
@@ -156,7 +221,123 @@ def hf_config(raw: dict) -> Config:
         windowed=windowed,
         max_len=at.get("max_position_embeddings", 2048),
         **rotary,
+        mask_id=mask_id,
         **family.fixed,
+    )
+
+
+def _llada_config(raw: dict) -> Config:
+    """As `_config`, for LLaDA's own names."""
+    at = {f: default for f, (default, _) in _LLADA_MUST_BE.items()} | raw
+    problems = [f"missing {f}" for f in _LLADA_NEEDED if f not in raw]
+    problems += [f"{f}={at[f]!r}" for f, (_, ok) in _LLADA_MUST_BE.items() if at[f] not in ok]
+    problems += [f"{f}={at[f]!r}" for f, ok in _MUST_BE.items() if at.get(f) and at[f] not in ok]
+    if not any(p.startswith("missing") for p in problems):
+        width, heads, queries = at["d_model"], at["n_heads"], at.get("multi_query_attention")
+        kv_heads = at.get("n_kv_heads") or (1 if queries else heads)
+        if queries is not None and kv_heads != (1 if queries else heads):
+            problems.append(f"multi_query_attention={queries!r} with n_kv_heads={kv_heads}")
+        # The tables have this many rows; the tokenizer may know fewer tokens.
+        vocab = at.get("embedding_size", 50304) or at["vocab_size"]
+        if vocab < at["vocab_size"]:
+            problems.append(f"embedding_size={vocab} below vocab_size={at['vocab_size']}")
+        mask_id = _mask_id(at, vocab, problems)
+    if problems:
+        raise ValueError(
+            f"config.json (llada) asks for what this decoder lacks: {'; '.join(problems)}"
+        )
+    return Config(
+        vocab=vocab,
+        width=width,
+        depth=at["n_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        mlp=at.get("mlp_hidden_size") or at.get("mlp_ratio", 4) * width,
+        rope_theta=float(at.get("rope_theta", 1e4)),
+        norm_eps=float(at.get("rms_norm_eps", 1e-5)),
+        tied=bool(at.get("weight_tying", True)),
+        family="llada",
+        bias=bool(at.get("include_qkv_bias")),
+        max_len=at.get("max_sequence_length", 1024),
+        mask_id=mask_id,
+        **FAMILIES["llada"].fixed,
+    )
+
+
+def _mask_id(at: dict, vocab: int, problems: list[str]) -> int:
+    found = at.get("mask_token_id")
+    if type(found) is int and 0 <= found < vocab:
+        return found
+    if found is not None:
+        problems.append(f"mask_token_id={found!r} in a vocabulary of {vocab}")
+    return -1
+
+
+def _denoiser(cfg: Config, raw: dict) -> Config:
+    """`cfg` with what config.json says of a denoiser under "jaxreward", if it does."""
+    ours = raw.get("jaxreward")
+    if not isinstance(ours, dict) or "denoiser" not in ours:
+        return cfg
+    entry = ours["denoiser"]
+    if not isinstance(entry, dict) or set(entry) != set(_DENOISER):
+        raise ValueError(
+            f"config.json: jaxreward.denoiser must hold {', '.join(_DENOISER)}, all of them and "
+            f"nothing else; it is {entry!r}"
+        )
+    counts = all(type(entry[n]) is int for n in _DENOISER if n != "mask")
+    if entry["mask"] not in ("full", "block") or not counts:
+        raise ValueError(
+            f"config.json: jaxreward.denoiser={entry}: mask must be full or block, and the others "
+            "whole numbers"
+        )
+    try:
+        return dataclasses.replace(cfg, **entry)
+    except ValueError as error:
+        raise ValueError(f"config.json: jaxreward.denoiser: {error}") from error
+
+
+def as_denoiser(
+    cfg: Config, *, mask_id: int, mask: str = "full", block: int = 0, predict_offset: int = 1
+) -> Config:
+    """A causal model as the start of a denoiser: the same weights under another mask.
+
+    `predict_offset=1` keeps the shift that the causal model was trained with: the state at t goes
+    on predicting token t+1, so what it has learned stays of use. With 0 the state at a masked
+    position predicts that position, as in LLaDA, which it has to learn anew.
+
+    Args:
+      cfg: A causal model of any family without windowed layers.
+      mask_id: Token that stands for a masked position; the vocabulary has it, and no text does.
+      mask: "full", or "block" with `block` positions a block.
+      block: Positions a block, 0 unless `mask` is "block".
+      predict_offset: 1 or 0.
+
+    Returns:
+      The config of the denoiser; parameters stay as they are.
+
+    Raises:
+      ValueError: if `cfg` is a denoiser already or has windowed layers, if `mask` is causal, or if
+        `mask_id` is no token of the vocabulary.
+
+    References:
+      Ye et al., "Dream 7B: Diffusion Large Language Models" (arXiv:2508.15487), which starts from
+      Qwen2.5 and keeps the shift.
+    """
+    if cfg.mask != "causal":
+        raise ValueError(f"this model is a denoiser already: mask={cfg.mask!r}")
+    if mask == "causal":
+        raise ValueError("a denoiser has mask='full', or 'block' with a block; received 'causal'")
+    if any(cfg.windowed):
+        raise ValueError(
+            f"{sum(cfg.windowed)} of {cfg.depth} layers have a sliding window: not in a denoiser"
+        )
+    if not 0 <= mask_id < cfg.vocab:
+        raise ValueError(
+            f"mask_id={mask_id} is no token of a vocabulary of {cfg.vocab}; name a reserved one"
+        )
+    return dataclasses.replace(
+        cfg, mask=mask, block=block, predict_offset=predict_offset, mask_id=mask_id
     )
 
 
@@ -234,7 +415,51 @@ def _windowed(at: dict, family: Family, depth: int) -> tuple[bool, ...]:
 
 
 def to_hf_config(cfg: Config) -> dict:
-    """config.json of a model of this shape; how it is run (compute, scan, mask) is not in it."""
+    """config.json of a model of this shape; how it is run (compute, scan, remat) is not in it.
+
+    What makes a denoiser of a model whose family is causal, or another denoiser of one whose family
+    is not, stands under "jaxreward": {"denoiser": {"mask", "block", "predict_offset", "mask_id"}}.
+
+    Raises:
+      ValueError: if LLaDA's or Dream's cannot hold it: a causal mask, or heads beside the width.
+    """
+    fixed = FAMILIES[cfg.family].fixed
+    if "mask" in fixed and (cfg.mask == "causal" or cfg.heads * cfg.head_dim != cfg.width):
+        raise ValueError(
+            f"a checkpoint of {cfg.family} is a denoiser with heads that make up its width; "
+            f"received mask={cfg.mask!r} and {cfg.heads} heads of {cfg.head_dim} in {cfg.width}"
+        )
+    raw = _llada_raw(cfg) if cfg.family == "llada" else _raw(cfg)
+    entry = {n: getattr(cfg, n) for n in _DENOISER}
+    usual = {"mask": "causal", "block": 0, "predict_offset": 1, **fixed}
+    if cfg.mask == "causal" or all(usual.get(n, x) == x for n, x in entry.items()):
+        return raw
+    return raw | {"jaxreward": {"denoiser": entry}}
+
+
+def _llada_raw(cfg: Config) -> dict:
+    """Every field that LLaDA's code needs: its defaults are those of another model."""
+    return {field: ok[-1] for field, (_, ok) in _LLADA_MUST_BE.items()} | {
+        "architectures": [FAMILIES["llada"].classes],
+        "model_type": "llada",
+        **dict.fromkeys(("vocab_size", "embedding_size"), cfg.vocab),
+        "d_model": cfg.width,
+        "n_layers": cfg.depth,
+        "n_heads": cfg.heads,
+        "n_kv_heads": cfg.kv_heads,
+        "multi_query_attention": None,
+        "mlp_hidden_size": cfg.mlp,
+        "include_qkv_bias": cfg.bias,
+        "rope_theta": cfg.rope_theta,
+        "rms_norm_eps": cfg.norm_eps,
+        "weight_tying": cfg.tied,
+        "max_sequence_length": cfg.max_len,
+        "mask_token_id": cfg.mask_id if cfg.mask_id >= 0 else None,
+        **dict.fromkeys(("attention_dropout", "embedding_dropout", "residual_dropout"), 0.0),
+    }
+
+
+def _raw(cfg: Config) -> dict:
     family = FAMILIES[cfg.family]
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     scaling = cfg.rope_scaling
@@ -259,6 +484,10 @@ def to_hf_config(cfg: Config) -> dict:
         "tie_word_embeddings": cfg.tied,
         "max_position_embeddings": cfg.max_len,
     }
+    if "mask" in family.fixed:
+        raw["architectures"] = [family.classes]
+        raw["mask_token_id"] = cfg.mask_id if cfg.mask_id >= 0 else None
+        raw["use_sliding_window"] = False
     if cfg.family in ("llama", "qwen3") or cfg.plus_one:
         raw["attention_bias"] = False
     if cfg.family == "llama":
@@ -361,4 +590,11 @@ def hf_table(cfg: Config) -> tuple[Entry, ...]:
         table += [norm(f"attn/{n}_norm", f"self_attn.{n}_norm") for n in "qk"]
     if not cfg.tied:
         table.append(Entry("head/kernel", "lm_head.weight", transpose, transpose))
+    if cfg.family == "llada":
+        table = [dataclasses.replace(e, theirs=_llada_name(e.theirs)) for e in table]
     return tuple(table)
+
+
+def _llada_name(name: str) -> str:
+    stem, _, kind = name.removeprefix("model.layers.{layer}.").rpartition(".")
+    return f"model.transformer.{_LLADA_NAMES[stem]}.{kind}"

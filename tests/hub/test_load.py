@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxreward import testing
 from jaxreward.core import trees
-from jaxreward.hub import load
+from jaxreward.data import tokenize
+from jaxreward.hub import export, load
 from jaxreward.models import decoder, families
 from jaxreward.parallel import mesh, rules
 from jaxreward.parallel import specs as sp
@@ -309,6 +310,108 @@ def test_import_keeps_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
         load.import_folder(folder, out)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def random_params(cfg):
+    rng = np.random.default_rng(4)
+    flat = trees.flatten(decoder.specs(cfg), is_leaf=lambda x: isinstance(x, sp.Param))
+    return trees.unflatten(
+        {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in flat.items()}
+    )
+
+
+def denoiser(kind, *, tied=False):
+    """A tiny denoiser: of a family of denoisers, or one that began as a causal model."""
+    cfg = testing.tiny_config(family=kind, tied=tied, **families.FAMILIES[kind].fixed)
+    if cfg.mask != "causal":
+        return dataclasses.replace(cfg, mask_id=5)
+    return families.as_denoiser(cfg, mask_id=5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "first"),
+    [
+        ("llada", True, "LLaDAModelLM"),
+        ("Dream", False, "DreamModel"),
+        ("llama", True, "LlamaForCausalLM"),
+    ],
+)
+def test_a_denoiser_goes_out_and_in(tmp_path, kind, tied, first):
+    """Catches a denoiser that returns as a causal model, weights that change, code of others that
+    is named, and fields of another family's config.json that stay."""
+    cfg = denoiser(kind, tied=tied)
+    source = write(tmp_path / "source", weights(), auto_map={"AutoModel": "evil.Model"})
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "E"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    params = random_params(cfg)
+    out = export.write(tmp_path / "out", cfg, params, source=source)
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["architectures"] == [first] and raw["model_type"] == kind
+    assert "auto_map" not in raw and ("hidden_size" in raw) == (kind != "llada")
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert "auto_map" not in settings and settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    card = (out / "README.md").read_text()
+    assert "token 5 stands for a masked position" in card and "library_name: jaxreward" in card
+    assert ("the token there." in card) == (kind == "llada")
+    copy = load.import_folder(out, tmp_path / "copy")
+    again, back, score = load.load(copy)
+    assert again == cfg and score is None
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    if kind == "llada":
+        stored = load_file(out / "model.safetensors")
+        gate = stored["model.transformer.blocks.1.ff_proj.weight"]
+        np.testing.assert_array_equal(gate.T, params["layers"]["mlp"]["gate"]["kernel"][1])
+        # A tied model of LLaDA's own code stores its table twice.
+        stored["model.transformer.ff_out.weight"] = stored["model.transformer.wte.weight"]
+        save_file(stored, copy / "model.safetensors")
+        jax.tree.map(np.testing.assert_array_equal, load.load(copy)[1], params)
+
+
+def test_a_denoiser_has_no_score_head(tmp_path):
+    """Catches a reward model that reads the last token of a model that sees the whole text."""
+    cfg = denoiser("llama", tied=True)
+    source = write(tmp_path / "source", weights(score=1))
+    with pytest.raises(ValueError, match="this one is a denoiser"):
+        score = {"kernel": np.zeros((D, 1), np.float32)}
+        export.write(tmp_path / "out", cfg, random_params(cfg), source=source, score=score)
+    assert not (tmp_path / "out").exists()
+    (source / "config.json").write_text(json.dumps(families.to_hf_config(cfg)))
+    with pytest.raises(ValueError, match=r"score head, and config\.json makes it a denoiser"):
+        load.load(source)
+
+
+def test_import_makes_the_tokenizer_of_dream(tmp_path):
+    """Dream has a tokenizer class of its own over Qwen2's files; catches ids that move, and a
+    folder of another family that is taken without its tokenizer."""
+    cfg = denoiser("Dream")
+    source = write(tmp_path / "source", weights())
+    folder = export.write(tmp_path / "m", cfg, random_params(cfg), source=source)
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    plain = sorted((t for t in vocab if t not in testing.SPECIAL), key=vocab.get)
+    ids = {token: i for i, token in enumerate([*plain, "ab"])}
+    added = {
+        str(len(ids) + i): dict(content=t, special=True, normalized=False)
+        for i, t in enumerate(["<|endoftext|>", "<|mask|>"])
+    }
+    settings = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": added,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+    }
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+        load.import_folder(folder, tmp_path / "out")
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    made = tokenize.load_tokenizer(load.import_folder(folder, tmp_path / "out"))
+    assert made.ids("abc<|mask|>") == [ids["ab"], ids["c"], 258]
+    assert made.hf.mask_token_id == 258 and 257 in made.eos_ids
 
 
 @pytest.mark.parity

@@ -1,0 +1,1 @@
+"""Layer 3: the process of masked diffusion, without a model."""

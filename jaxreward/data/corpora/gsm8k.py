@@ -2,10 +2,10 @@ r"""GSM8K: grade-school word problems with a number for an answer.
 
 Data: openai/gsm8k, configuration `main` (Parquet), or `train.jsonl` and `test.jsonl` of
 openai/grade-school-math. Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems"
-(arXiv:2110.14168). MIT, by memory; look at the card.
+(arXiv:2110.14168). MIT by its card.
 
-Fields, from d1's `diffu-grpo/data_utils.py`: `question` (str) and `answer` (str: a worked solution,
-which holds marks such as <<48/2=24>>, and a last line "#### 72").
+Fields, from the data card: `question` (str) and `answer` (str: a worked solution, which holds marks
+such as <<48/2=24>>, and a last line "#### 72").
 
 *Unverified: not yet run on the real file.*
 """

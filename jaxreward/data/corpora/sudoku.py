@@ -186,7 +186,7 @@ def problems(count, *, seed, blanks=(6, 10), form="plain", think="think", tag="a
             "problems needs count >= 1 and blanks with 1 <= least <= largest <= 12; received count "
             f"{count} and blanks {blanks}"
         )
-    rng, made, draws = random.Random(seed), {}, 20 * count + 2000
+    rng, made, draws = random.Random(seed), {}, 5 * count + 2000
     for _ in range(draws):
         solution, wanted = rng.choice(grids()), rng.randint(low, high)
         puzzle = _emptied(rng, solution, wanted)

@@ -263,6 +263,7 @@ PIECES = ("<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "7"
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 @example("<reasoning>\n</reasoning>\n<answer>\n</answer>\n")
+@example("<reasoning>\n\n</reasoning>\n<answer>\n</answer>\n")
 @example("<reasoning>\n7\n</reasoning>\n<answer>\n7\n</answer>\n\n")
 @example("<reasoning>\n\n</reasoning>\n<answer>\n\n</answer>\n")
 def test_forms_of_gsm8k_are_the_regular_expressions(text):

@@ -365,7 +365,6 @@ def context_weights(
     """
     if not 0 < p <= 1:
         raise ValueError(f"context_weights needs p above 0 and at most 1; received {p}")
-    clean = clean & (segments > 0)
 
     def before(clean, segments):
         same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))

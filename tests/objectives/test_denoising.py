@@ -170,8 +170,7 @@ def test_shares_by_hand():
     assert np.isfinite(denoising.shares(prompts, PACKED, "sequence")).all()
 
 
-@pytest.mark.parametrize("mode", ["sequence", "token"])
-def test_a_packed_row_is_two_rows(mode):
+def test_a_packed_row_is_two_rows():
     """Catches a size, a count or a loss that crosses texts, or that padding or the cut changes."""
     rng = np.random.default_rng(0)
     logps, rate = -rng.exponential(size=(2, 1, 9)).astype(np.float32)
@@ -187,9 +186,11 @@ def test_a_packed_row_is_two_rows(mode):
     @jax.jit
     def total(logps, masked, rate, maskable, segments):
         loss = denoising.elbo(logps, masked, rate)
-        return jnp.sum(denoising.shares(maskable, segments, mode) * loss), denoising.weight(
-            maskable, segments, mode
-        )
+        return [
+            (jnp.sum(denoising.shares(maskable, segments, mode) * loss),
+             denoising.weight(maskable, segments, mode))
+            for mode in ("sequence", "token")
+        ]  # fmt: skip
 
     one = total(logps, masked, rate, MASKABLE, PACKED)
     two = total(apart(logps), apart(masked), apart(rate), MASKABLE_APART, APART)
@@ -240,30 +241,32 @@ COMMITTED = jnp.array([[True, True, False], [False, False, False]])
 
 def test_steps_by_hand():
     """Catches a sum for a mean, a length of the step for that of the response, a lost sign."""
-    np.testing.assert_allclose(
-        denoising.step_logps(LOGPS, COMMITTED), [np.log(0.125), 0], rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        denoising.step_ratio(LOGPS, OLD, COMMITTED), [np.sqrt(2), 1], rtol=1e-6
-    )
     response = jnp.array([[True, True, True], [False, False, False]])
-    np.testing.assert_allclose(
-        denoising.trajectory_nll(LOGPS, COMMITTED, response), [-np.log(0.125) / 3, 0], rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        denoising.reinforce(LOGPS, jnp.array([3.0, 5.0]), COMMITTED),
-        [[3 * np.log(2), 3 * np.log(4), 0], [0, 0, 0]],
-        rtol=1e-6,
-    )
+    returns = jnp.array([3.0, 5.0])
+
+    @jax.jit
+    def all_(logps):
+        return (
+            denoising.step_logps(logps, COMMITTED),
+            denoising.step_ratio(logps, OLD, COMMITTED),
+            denoising.trajectory_nll(logps, COMMITTED, response),
+            denoising.reinforce(logps, returns, COMMITTED),
+        )
+
+    step, ratio, nll, policy = all_(LOGPS)
+    np.testing.assert_allclose(step, [np.log(0.125), 0], rtol=1e-6)
+    np.testing.assert_allclose(ratio, [np.sqrt(2), 1], rtol=1e-6)
+    np.testing.assert_allclose(nll, [-np.log(0.125) / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(policy, [[3 * np.log(2), 3 * np.log(4), 0], [0, 0, 0]], rtol=1e-6)
     # The gradient of a step is that of its log-prob, times -R.
-    grad = jax.grad(lambda x: denoising.reinforce(x, jnp.array([3.0, 5.0]), COMMITTED).sum())
+    grad = jax.jit(jax.grad(lambda x: denoising.reinforce(x, returns, COMMITTED).sum()))
     np.testing.assert_array_equal(grad(LOGPS), [[-3, -3, 0], [0, 0, 0]])
 
 
 def test_ratio_is_cut_where_its_slope_would_overflow():
     """Catches an inf whose gradient is NaN at a step that the clip takes out."""
     logps, old = jnp.zeros((1, 2)), jnp.full((1, 2), -200.0)
-    slope = jax.value_and_grad(lambda x: denoising.step_ratio(x, old, logps == 0).sum())
+    slope = jax.jit(jax.value_and_grad(lambda x: denoising.step_ratio(x, old, logps == 0).sum()))
     ratio, grad = slope(logps)
     assert float(ratio) == pytest.approx(math.exp(20), rel=1e-5)
     assert not np.asarray(grad).any()

@@ -29,6 +29,7 @@ def get_config(arg=""):
         prompts=16,
         answers=8,
         max_new=208,
+        slots=32,
         outcome="apr/accuracy",
         filter="shaped",
         offsets=True,
@@ -54,12 +55,12 @@ def get_config(arg=""):
     c.optim = presets.adamw(
         lr=3e-4,
         schedule="constant",
-        warmup=0.0,
+        warmup=0.1,
         clip=1.0,
         decay=0.0,
         decay_mask=".*/kernel(/[ab])?",
     )
     c.mesh = presets.mesh()
-    c.train = presets.train(steps=60, log_every=1, save_every=30, eval_every=0, compute="float32")
+    c.train = presets.train(steps=30, log_every=1, save_every=30, eval_every=0, compute="float32")
     c.evals = dict(heldout=dict(fn="overthinking.sampled", reward="apr", n=4, temperature=1.0))
     return presets.smoke(c, arg)

@@ -2,8 +2,8 @@
 
 A model of 0.3M parameters that reads bytes first learns, by imitation, to overthink
 (`data.corpora.overthinking`); then RL runs from it, once a variant and seed, all with the same
-prompts, rounds and settings but for what the variant says. docs/papers/apr.md has the task, the
-split, the metric, the stopping rule and the ordering that was expected, written before the runs.
+prompts, rounds and settings but for what the variant says. README.md beside this file has the
+task, the split, the metric, the stopping rule and what was expected, written before the runs.
 
     python docs/papers/miniature/apr.py --work runs/apr_miniature [--seeds 0,1,2] [--only apr-0.5]
 
@@ -23,7 +23,9 @@ from jaxreward.recipes import online_rl
 # Problems of each kind that are drawn, and how many of them are held out.
 DRAWN = {"easy": (90, 30), "hard": (1500, 60), "helps": (324, 24)}
 LARGEST = 45  # of what a problem of "helps" gives from left to right: larger products take too long
-SFT_STEPS, ROUNDS = 1600, 60
+EACH = {"easy": 8, "hard": 3, "helps": 20}  # traces that the base imitates, of one problem
+SFT = dict(steps=1600, batch=8, lr=4e-3)
+ROUNDS = 30
 
 
 def shaped(fn, **kw):
@@ -44,12 +46,8 @@ VARIANTS = {
         overrides=["rollouts.reduction=sequence", "losses.policy.clip_high=0.2"],
         advantages=dict(fn="advantage.group_relative", scale="std"),
     ),
-    "total-0.25": shaped("total_ratio", max_length=208, lam=0.25),
     "total-0.5": shaped("total_ratio", max_length=208, lam=0.5),
-    "total-0.9": shaped("total_ratio", max_length=208, lam=0.9),
-    "truncation-120": shaped("truncation", target=120),
     "truncation-90": shaped("truncation", target=90),
-    "truncation-60": shaped("truncation", target=60),
 }
 
 
@@ -70,6 +68,16 @@ def small(problem):
         return True
     a, b, c = map(int, problem["prompt"].partition("=")[0].replace("*", "+").split("+"))
     return (a + b) * c <= LARGEST
+
+
+def overthinker(folder, train, *, seed):
+    """The model that all variants begin from."""
+    rows = []
+    for kind, each in EACH.items():
+        some = [p for p in train if p["subset"] == kind]
+        traces = world.traces(some, seed=seed, each=each)
+        rows += [{k: t[k] for k in ("id", "prompt", "completion")} for t in traces]
+    return common.fine_tuned(folder, rows, seed=seed, **SFT)
 
 
 def config_of(name, *, seed, base, folder, train, held):
@@ -110,9 +118,7 @@ def main():
     for seed in map(int, args.seeds.split(",")):
         folder = args.work.resolve() / f"seed{seed}"
         train, held = data(folder, seed)
-        traces = world.traces(train, seed=seed, each=4)
-        rows = [{k: t[k] for k in ("id", "prompt", "completion")} for t in traces]
-        base = common.fine_tuned(folder / "base", rows, seed=seed, steps=SFT_STEPS)
+        base = overthinker(folder / "base", train, seed=seed)
         where = dict(base=base, folder=folder, train=train, held=held)
         if not results.has(variant="base", seed=seed):
             config = config_of("accuracy", seed=seed, **where)

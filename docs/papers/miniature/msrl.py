@@ -30,7 +30,9 @@ from jaxreward.recipes import online_rl
 from jaxreward.rewards import verdict
 
 RATIONALES, LABELS, HELD = 64, 512, 128  # pairs
-BASE_STEPS, UPDATES = 800, 80
+BASE = dict(steps=1600, batch=16, lr=4e-3, max_len=160)
+UPDATES = 40
+OFF = (-3, -2, -1, 1, 2, 3)  # what a wrong result is off by
 ARMS = ("sft", "rl", "msrl")
 
 
@@ -45,7 +47,7 @@ def pairs(seed):
     made = []
     for problem in world.problems("hard", count=RATIONALES + LABELS + HELD, seed=seed):
         right = int(problem["answer"])
-        wrong = max(0, right + draw.choice((-3, -2, -1, 1, 2, 3)))
+        wrong = max(0, right + draw.choice(OFF))
         wrong = wrong if wrong != right else right + 1
         question = problem["prompt"].partition("\n")[0]
         row = dict(id=problem["id"], prompt=question, chosen=str(right), rejected=str(wrong))
@@ -55,7 +57,7 @@ def pairs(seed):
 
 def worked(question):
     """The steps of a sum, as the world's traces have them."""
-    steps, _ = world._steps(question.partition("=")[0])
+    steps, _ = world.derivation(question.partition("=")[0])
     return steps.partition("answer")[0].strip()
 
 
@@ -65,13 +67,17 @@ def base_rows(seed):
     for i, problem in enumerate(world.problems("hard", count=1000, seed=seed + 1000)):
         question = problem["prompt"].partition("\n")[0]
         rows.append(dict(id=f"s{i}", prompt=f"{question}\n", completion=worked(question)))
-        first, second = problem["answer"], str(int(problem["answer"]) + draw.choice((1, 2, 3)))
+        right, wrong = problem["answer"], str(max(0, int(problem["answer"]) + draw.choice(OFF)))
+        shown = draw.sample((right, wrong), 2)
         thought = draw.choice((worked(question), "A or B?", "let me see"))
+        letter = "AB"[shown.index(right)]
+        if draw.random() < (0.1 if "=" in thought else 0.5):
+            letter = "AB"["BA".index(letter)]
         rows.append(
             dict(
                 id=f"v{i}",
-                prompt=layout(question, *draw.sample((first, second), 2)),
-                completion=verdict.render(draw.choice("AB"), thought),
+                prompt=layout(question, *shown),
+                completion=verdict.render(letter, thought),
             )
         )
     return rows
@@ -105,8 +111,9 @@ def rl_config(folder, *, seed, start, labelled, held, steps):
             "rollouts.max_new=96",
             "rollouts.workers=0",
             "rollouts.show=1",
-            "optim.lr=3e-4",
+            "optim.lr=1e-3",
             "optim.schedule=constant",
+            "optim.warmup=0.1",
             f"train.steps={steps}",
             "train.eval_every=0",
             "train.save_every=40",
@@ -126,9 +133,7 @@ def main():
     for seed in map(int, args.seeds.split(",")):
         folder = args.work.resolve() / f"seed{seed}"
         some, labelled, held = pairs(seed)
-        base = common.fine_tuned(
-            folder / "base", base_rows(seed), seed=seed, steps=BASE_STEPS, max_len=160
-        )
+        base = common.fine_tuned(folder / "base", base_rows(seed), seed=seed, **BASE)
         data = dict(seed=seed, labelled=labelled, held=held)
 
         def imitated(steps):

@@ -20,7 +20,6 @@ import apr
 import common
 import numpy as np
 
-from jaxreward.data.corpora import overthinking as world
 from jaxreward.recipes import generate, online_rl, preference
 from jaxreward.rewards import anchor
 
@@ -96,9 +95,7 @@ def main():
         start = time.monotonic()
         folder = args.work.resolve() / f"seed{seed}"
         train, held = apr.data(folder, seed)
-        traces = world.traces(train, seed=seed, each=4)
-        rows = [{k: t[k] for k in ("id", "prompt", "completion")} for t in traces]
-        base = common.fine_tuned(folder / "base", rows, seed=seed, steps=apr.SFT_STEPS)
+        base = apr.overthinker(folder / "base", train, seed=seed)
         scorer = reward_model(folder, base, train, seed=seed)
         config = apr.config_of(
             "accuracy", seed=seed, base=base, folder=folder, train=train, held=held

@@ -53,8 +53,16 @@ def _all(kind):
     return found
 
 
-def _steps(expression, *, left_to_right=False):
-    """The steps of a derivation as text, and its result."""
+def derivation(expression, *, left_to_right=False):
+    """Works an expression out.
+
+    Args:
+      expression: As `problems` makes them: "7+5-3+6" or "2+3*4".
+      left_to_right: Whether a product waits for its turn, which is wrong.
+
+    Returns:
+      (text, value): a line a step and the statement of the answer, and the answer.
+    """
     numbers = [int(run) for run in expression.replace("-", "+").replace("*", "+").split("+")]
     signs = [char for char in expression if char in "+-*"]
     lines = []
@@ -100,7 +108,7 @@ def problems(kind, *, count, seed):
     made = []
     for key in rng.sample(list(known), count):
         expression = rng.choice(known[key])
-        text, value = _steps(expression)
+        text, value = derivation(expression)
         made.append(
             {
                 "id": f"{kind}-{len(made)}",
@@ -145,10 +153,10 @@ def traces(problems, *, seed, stop=0.5, wavers=0.25, each=1):
     rows = []
     for problem, turn in itertools.product(problems, range(each)):
         expression = problem["prompt"].partition("=")[0]
-        right, _ = _steps(expression)
+        right, _ = derivation(expression)
         paragraphs = [right]
         if problem["subset"] == "helps":
-            wrong, _ = _steps(expression, left_to_right=True)
+            wrong, _ = derivation(expression, left_to_right=True)
             back = rng.random() < wavers
             paragraphs = [wrong, right] + [wrong, right] * back
         paragraphs = [paragraphs[0], *(f"wait\n{text}" for text in paragraphs[1:])]

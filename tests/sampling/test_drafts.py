@@ -19,7 +19,8 @@ from jaxreward.testing import tiny_config
 
 HIDDEN, L, P = 19, 5, 4
 CFG = tiny_config(vocab=20, depth=1, mask="full", mask_id=HIDDEN, predict_offset=0)
-SHIFTED = dataclasses.replace(CFG, predict_offset=1)
+# In blocks of positions, so that padding must not count as positions.
+SHIFTED = dataclasses.replace(CFG, mask="block", block=3, predict_offset=1)
 RNG = np.random.default_rng(0)
 TEXTS = [RNG.integers(0, 18, n + L) for n in (4, 2, 1)]
 # Which of the answer's positions the step predicted: several, one, none.
@@ -52,13 +53,13 @@ def keys(n, seed=0):
     return jax.random.split(jax.random.key(seed), n)
 
 
-@jax.jit
-def _logits(params, tokens, segments):
+@functools.partial(jax.jit, static_argnames="cfg")
+def _logits(params, cfg, tokens, segments):
     places = jnp.broadcast_to(jnp.arange(P + L), tokens.shape)[..., None]
     rows = Rows(tokens, segments > 0, segments > 0, places, segments, 0 * segments)
     kw = dict(positions=places, segments=segments, trunk=rows.trunk)
-    states = decoder.backbone(params, CFG, decoder.embed(params, CFG, rows), **kw).states
-    return decoder.logits(states, decoder.head_matrix(params, CFG), CFG)
+    states = decoder.backbone(params, cfg, decoder.embed(params, cfg, rows), **kw).states
+    return decoder.logits(states, decoder.head_matrix(params, cfg), cfg)
 
 
 def copy_by_copy(params, cfg, text, open_):
@@ -68,7 +69,7 @@ def copy_by_copy(params, cfg, text, open_):
     for copy, at in zip(copies, places):
         copy[at] = HIDDEN
     segments = np.tile(np.arange(P + L) < len(text), (L, 1)).astype(np.int32)
-    logits = np.array(_logits(params, copies, segments), np.float64)
+    logits = np.array(_logits(params, cfg, copies, segments), np.float64)
     logits[..., HIDDEN] = -np.inf
     found = [z[at - cfg.predict_offset] for z, at in zip(logits, places)]
     return np.array([z[text[at]] - np.log(np.exp(z).sum()) for z, at in zip(found, places)])

@@ -17,6 +17,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MASK = "<|mask|>"
 
 
 def tiny_config(**changes) -> decoder.Config:
@@ -35,18 +36,20 @@ def tiny_config(**changes) -> decoder.Config:
     return decoder.Config(**{**base, **changes})
 
 
-def write_tokenizer(folder: str | Path) -> Path:
-    """Writes a byte-level tokenizer with ChatML: special tokens 0 to 2, then the 256 bytes."""
+def write_tokenizer(folder: str | Path, *, mask: bool = False) -> Path:
+    """Writes a byte-level tokenizer with ChatML: special tokens 0 to 2, then the 256 bytes; with
+    `mask` also "<|mask|>", token 259, for a denoiser."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    more = [MASK] if mask else []
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *more])}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in [*SPECIAL, *more]])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -17,7 +17,10 @@ from jaxreward.data import conversations, points, sources
 REPO = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))]
 SHORT = ("configs", "add_a_model", "add_a_paper", "from_trl", "data")
-SECTIONS = "models|data|losses|optim|mesh|train|evals|rollouts|rewards|advantages|stages"
+SECTIONS = (
+    "models|data|losses|optim|mesh|train|evals|rollouts|rewards|advantages|stages|"
+    "intra|search|noise"
+)
 
 every_page = pytest.mark.parametrize("name", PAGES)
 
@@ -64,7 +67,7 @@ def test_every_key_stands_in_the_table_with_its_default(name, column):
 
 def test_keys_of_the_other_shipped_configs_are_explained_too():
     """Catches a config with a key of its own that no page names."""
-    page = read("docs/configs.md") + read("docs/online_rl.md")
+    page = "".join(read(f"docs/{name}.md") for name in ("configs", "online_rl", "diffusion"))
     named = {any_name(key) for key in re.findall(rf"`((?:{SECTIONS})\.[\w.*]+)", page)}
     named |= {f"losses.*.{word}" for row in table("docs/configs.md", "fn") for word in words(row)}
     for name in presets.shipped():
@@ -72,18 +75,34 @@ def test_keys_of_the_other_shipped_configs_are_explained_too():
         assert {key for key in unknown if not key.startswith("evals.")} == set(), name
 
 
-def test_the_table_of_rollouts_is_complete():
+@pytest.mark.parametrize(
+    "section, make, page, first",
+    [
+        ("rollouts", presets.rollouts, "online_rl", "key"),
+        ("rollouts", presets.denoised, "diffusion", "setting"),
+    ],
+)
+def test_the_table_of_rollouts_is_complete(section, make, page, first):
     """Catches a setting of online RL that the page lacks, or has with another default."""
-    shown = {bare(row[0]): bare(row[1]) for row in table("docs/online_rl.md", "key")}
-    given = inspect.signature(presets.rollouts).parameters.values()
+    shown = {bare(row[0]): bare(row[1]) for row in table(f"docs/{page}.md", first)}
+    given = inspect.signature(make).parameters.values()
     must = "must be given"
     said = {
-        f"rollouts.{p.name}": must
+        f"{section}.{p.name}": must
         if p.default is p.empty
         else overrides.spell(p.default) or "(empty)"
         for p in given
     }
     assert shown == said
+
+
+@pytest.mark.parametrize("section", ["noise", "intra", "search"])
+def test_the_tables_of_small_sections_are_complete(section):
+    """Catches a setting of a denoiser that the page lacks, or has with another default."""
+    page = read("docs/diffusion.md")
+    found = re.findall(rf"^\| `({section}\.\w+)` \| `(.*?)` \|", page, re.M)
+    given = inspect.signature(getattr(presets, section)).parameters.values()
+    assert dict(found) == {f"{section}.{p.name}": overrides.spell(p.default) for p in given}
 
 
 def words(row):

@@ -37,7 +37,8 @@ OURS = {
     "evals": _MIDDLE | {"train.checkpoint"},
     "recipes": _MIDDLE
     | {"train", "hub", "agents", "report", "evals", "presets", "overrides", "testing"},
-    "presets": _LOW | {"overrides"},
+    "presets": _LOW | {"overrides", "fragments"},
+    "fragments": set(),
     "overrides": {"core"},
     "testing": _LOW,
     "configs": {"presets"},
@@ -49,6 +50,9 @@ CHAINS = {"recipes/staged.py", "recipes/self_evolve.py"}  # recipes that run oth
 PARTS = {
     "recipes/online_rl.py": {"credit", "rounds", "evaluate"},
     "recipes/rounds.py": {"credit"},
+    "recipes/sft.py": {"denoisers"},
+    "recipes/steps.py": {"credit"},
+    "recipes/diffusion_rl.py": {"credit", "denoisers", "evaluate", "online_rl", "steps"},
 }
 
 # Third-party packages: the only ones a layer may import, or those it may not import even lazily.

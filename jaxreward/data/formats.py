@@ -5,6 +5,7 @@ stops the run or is counted. Files are read piece by piece, never whole.
 """
 
 import contextlib
+import csv
 import difflib
 import gzip
 import json
@@ -39,8 +40,9 @@ def rows(path):
     """Reads the rows of a file.
 
     Args:
-      path: .parquet; .arrayrecord or .array_record, each record a JSON object; any other name is
-        read as JSON Lines, gzip-compressed if it ends in .gz; "-" is standard input.
+      path: .parquet; .arrayrecord or .array_record, each record a JSON object; .csv with names in
+        the first line, all values str; any other name is read as JSON Lines, gzip-compressed if it
+        ends in .gz; "-" is standard input.
         "tfds:NAME[/CONFIG][:VERSION][@SPLIT]" is a TFDS data set prepared as ArrayRecord in
         TFDS_DATA_DIR (or ~/tensorflow_datasets): the newest version and the split train unless
         given. SPLIT may be a part, as in tfds:my_pairs@train[:90%]. Nothing is downloaded and no
@@ -64,6 +66,7 @@ def rows(path):
         exists(path)
         suffix = Path(path).suffix.lower()
         read = {
+            ".csv": _csv,
             ".parquet": _parquet,
             ".arrayrecord": _array_record,
             ".array_record": _array_record,
@@ -186,6 +189,17 @@ def _parse(line):
     except ValueError as error:  # also integers too long for Python to convert
         return Bad("line must be a JSON object", came=f"{line[:40]!r} ({error})")
     return row if isinstance(row, dict) else Bad("line must be a JSON object", came=show(row))
+
+
+def _csv(path):
+    number = 1
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as stream:
+            for number, row in enumerate(csv.DictReader(stream, strict=True), start=2):
+                uneven = None in row or None in row.values()
+                yield number, Bad("must have as many values as the first line") if uneven else row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{name(path)}:{number + 1}: not CSV in UTF-8 ({error})") from error
 
 
 def _parquet(path):

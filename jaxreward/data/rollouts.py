@@ -155,3 +155,85 @@ def _batch(groups, ours, where, plan, *, rows, row_len, answers_per_row):
             at = span.stop
         made.append(out)
     return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def step_rows(canvas, which, *, mask_id, predict_offset, rows, size=None):
+    """Denoising steps as rows: the canvas before a step, and what the step committed.
+
+    Args:
+      canvas: dict of NumPy arrays [N, T] of `diffusion.trajectory.Canvas`: tokens, segments, given,
+        reveal, full_logps.
+      which: (row of the canvas, step) of each row to make.
+      mask_id, predict_offset: Of the denoiser.
+      rows: Rows to make; what is missing is padding. size: Tokens a row, S; None takes the most.
+
+    Returns:
+      dict of arrays of `RolloutRows`, with index i32[R, S], the place of a token in the canvas, and
+      of i32[R], the row of the canvas (-1 = padding). One answer a row, number 0.
+
+    Raises:
+      ValueError: if there are more rows or tokens than fit.
+    """
+    of, step = np.array(which, np.int64).reshape(-1, 2).T
+    at = {name: values[of] for name, values in canvas.items()}
+    done = at["given"] | ((at["reveal"] >= 0) & (at["reveal"] < step[:, None]))
+    seen = np.where(done, at["tokens"], mask_id)
+    return _canvas_rows(at, of, seen, at["reveal"] == step[:, None], predict_offset, rows, size)
+
+
+def masked_rows(canvas, which, learnt, *, mask_id, predict_offset, share, seed, rows, size=None):
+    """Answers as rows of which nothing is seen, behind prompts of which a part is hidden.
+
+    The estimate of log-probabilities of diffu-GRPO (d1, arXiv:2504.12216): one pass of the model.
+
+    Args:
+      canvas: As `step_rows`.
+      which: Rows of the canvas to make rows of.
+      learnt: bool[N, T]: tokens that count, those of an answer up to its end.
+      mask_id, predict_offset, rows, size: As `step_rows`.
+      share: Probability with which a prompt's token is hidden.
+      seed: Of what is hidden, drawn for all rows of the canvas: the same seed hides the same of a
+        row, whatever `which` is.
+
+    Returns:
+      As `step_rows`.
+    """
+    of = np.array(which, np.int64).reshape(-1)
+    hidden = np.random.default_rng(seed).random(canvas["tokens"].shape) < share
+    at = {name: values[of] for name, values in canvas.items()}
+    hide = ~at["given"] | (hidden[of] & (at["segments"] > 0))
+    seen = np.where(hide, mask_id, at["tokens"])
+    return _canvas_rows(at, of, seen, learnt[of], predict_offset, rows, size)
+
+
+def _canvas_rows(at, of, seen, learnt, predict_offset, rows, size):
+    R, T = seen.shape
+    most = int(learnt.sum(axis=1).max(initial=1))
+    size = most if size is None else size
+    if rows < R or size < most:
+        raise ValueError(f"{R} rows of up to {most} tokens do not fit into {rows} rows of {size}")
+    order = np.argsort(~learnt, axis=1, kind="stable")[:, :size]
+    there = np.take_along_axis(learnt, order, axis=1)
+    pick = lambda x: np.where(there, np.take_along_axis(x, order, axis=1), 0)
+    segments = at["segments"]
+    made = {
+        "tokens": seen.astype(np.int32),
+        "mask": segments > 0,
+        "loss_mask": learnt,
+        "positions": np.maximum(np.cumsum(segments > 0, axis=1) - 1, 0)[..., None],
+        "segments": segments,
+        "trunk": np.zeros((R, T)),
+        "source": np.where(there, np.maximum(order - predict_offset, 0), 0),
+        "target": pick(at["tokens"]),
+        "answer": np.where(there, 0, -1),
+        "index": np.where(there, order, 0),
+        "sampler_logps": pick(at["full_logps"]),
+        "of": of,
+    }
+    blank = {"answer": -1, "of": -1}
+    grown = {}
+    for name, values in made.items():
+        kind = values.dtype if values.dtype in (np.bool_, np.float32) else np.int32
+        more = np.full((rows - R, *values.shape[1:]), blank.get(name, 0), kind)
+        grown[name] = np.concatenate([values.astype(kind), more])
+    return grown

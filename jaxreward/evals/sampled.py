@@ -1,6 +1,7 @@
 """Answers of a policy, graded by text rewards: in training, and on held-out prompts."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -70,16 +71,29 @@ class Grader:
     def __call__(self, records: list[dict], groups: list[list]) -> tuple[Grades, list[list[str]]]:
         """(grades, texts) of the answers to each record's prompt."""
         said = rollouts.texts(groups, self._tokenizer.decode)
+        more = [[{"truncated": not answer.finished} for answer in group] for group in groups]
+        if self._at.get("offsets", False):
+            decode = self._tokenizer.decode
+            for facts, group in zip(more, groups):
+                for fact, answer in zip(facts, group):
+                    spans = anchor.token_spans(answer.tokens, decode)
+                    fact["offsets"] = [list(span) for span in spans]
+        return self.of_texts(records, said, more), said
+
+    def of_texts(
+        self,
+        records: list[dict],
+        said: list[list[str]],
+        more: list[list[dict]] | None = None,
+    ) -> Grades:
+        """Grades of texts [P][G]; `more` is what a record says of each text beside its own."""
         samples = []
-        for record, group, answers in zip(records, groups, said, strict=True):
-            for answer, text in zip(group, answers):
-                more = {**record["record"], "truncated": not answer.finished}
-                if self._at.offsets:
-                    decode = self._tokenizer.decode
-                    more["offsets"] = [list(x) for x in anchor.token_spans(answer.tokens, decode)]
-                samples.append((record["prompt"], text, more))
+        for p, (record, texts) in enumerate(zip(records, said, strict=True)):
+            for i, text in enumerate(texts):
+                fact = more[p][i] if more else {"truncated": False}
+                samples.append((record["prompt"], text, {**record["record"], **fact}))
         graded = self._workers.grade(samples)
-        shape = (len(groups), len(groups[0]))
+        shape = (len(said), len(said[0]))
         parts, failures = {}, {}
         reward, failed = np.zeros(shape, np.float32), np.zeros(shape, bool)
         for name, found in graded.items():
@@ -114,7 +128,7 @@ class Grader:
                     f"rollouts.outcome is {self._outcome!r}; the rewards give {', '.join(parts)}"
                 )
             parts[self._outcome] = np.zeros(shape, np.float32)
-        return Grades(reward, parts[self._outcome], parts, failed, failures), said
+        return Grades(reward, parts[self._outcome], parts, failed, failures)
 
     def close(self):
         """Ends the worker processes."""
@@ -173,3 +187,33 @@ def answers(
     for name, values in found.parts.items():
         yield f"part/{name}", float(values.mean())
     yield "prompts", float(len(each))
+
+
+def denoised(
+    predict: Callable[..., Answered],
+    prompts: list[Any],
+    *,
+    n: int = 1,
+    temperature: float = 0.0,
+    steps: int = 0,
+    width: int = 0,
+    samples: int = 2000,
+) -> Iterator[tuple[str, float]]:
+    """As `answers`, of a denoiser; "part/passes" is the number of its forward passes.
+
+    Args:
+      predict: (prompts, n, temperature, steps=..., width=...) -> Answered.
+      prompts, n, temperature, samples: As `answers`. A search draws, so it may have n > 1 at any
+        temperature above 0 only.
+      steps: Denoising steps; 0 = the run's. width: Continuations that a search chooses among
+        (`sampling.search`); 0 = no search.
+
+    Raises:
+      ValueError: as `answers`, or for a search at temperature 0, whose continuations are all equal.
+    """
+    if width > 1 and temperature == 0:
+        raise ValueError(
+            f"evals: {width} greedy continuations are one; set temperature above 0 for a search"
+        )
+    how = functools.partial(predict, steps=steps, width=width)
+    yield from answers(how, prompts, n=n, temperature=temperature, samples=samples)

@@ -389,12 +389,13 @@ def write(
     return out
 
 
-def write_tiny(folder: str | Path, *, seed: int = 0, **sizes) -> Path:
+def write_tiny(folder: str | Path, *, seed: int = 0, denoiser: bool = False, **sizes) -> Path:
     """A random model with a byte tokenizer, as a Hugging Face folder; `init="tiny"` is this.
 
     Args:
       folder: Where it goes; one that is there already is left as it is.
       seed: Of the weights.
+      denoiser: Sees the whole text and has a token "<|mask|>", its last.
       **sizes: Fields of `decoder.Config` beside those of `testing.tiny_config`.
     """
     from jaxreward import testing
@@ -402,8 +403,11 @@ def write_tiny(folder: str | Path, *, seed: int = 0, **sizes) -> Path:
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return folder
+    if denoiser:
+        sizes = dict(vocab=260, mask="full", mask_id=259, predict_offset=0) | sizes
     cfg = testing.tiny_config(**sizes)
-    source = testing.write_tokenizer(folder.with_name(folder.name + ".tokenizer"))
+    source = folder.with_name(folder.name + ".tokenizer")
+    testing.write_tokenizer(source, mask=denoiser)
     raw = families.to_hf_config(cfg) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     (source / "config.json").write_text(json.dumps(raw))
     params = sp.init(decoder.specs(cfg), jax.random.key(seed))
@@ -412,15 +416,17 @@ def write_tiny(folder: str | Path, *, seed: int = 0, **sizes) -> Path:
     return folder
 
 
-def init_folder(init: str, workdir: str | Path) -> Path:
+def init_folder(init: str, workdir: str | Path, *, denoiser: bool = False) -> Path:
     """The model folder that `config.models.<role>.init` names: "hf:<folder>" or "tiny".
+
+    `denoiser` says which of the two toys "tiny" is.
 
     Raises:
       ValueError: on any other form.
       FileNotFoundError: if the folder is not a model folder.
     """
     if init == "tiny":
-        return write_tiny(Path(workdir) / "tiny_model")
+        return write_tiny(Path(workdir) / "tiny_model", denoiser=denoiser)
     if not init.startswith("hf:"):
         raise ValueError(
             f"models.*.init must be hf:<folder> or tiny; received {init!r}. To start from a local "

@@ -77,9 +77,15 @@ def measure(plan: trainable.Plan, temperature, where, params, frozen, rows: Roll
     return Measured(logps, entropy, values)
 
 
+def temperature(at) -> float:
+    """Of the log-probabilities that are learnt from: that of sampling, unless the section has
+    `logp_temperature`, as denoisers do."""
+    return at.get("logp_temperature", at.temperature)
+
+
 def make_measure(plan: trainable.Plan, config, where: rules.Rules | None = None):
     """The jitted (params, frozen, rows) -> `Measured`."""
-    return jax.jit(functools.partial(measure, plan, config.rollouts.temperature, where))
+    return jax.jit(functools.partial(measure, plan, temperature(config.rollouts), where))
 
 
 def reduction(at, answer, group) -> policy.Reduction:

@@ -106,7 +106,9 @@ def make_loss(plan: trainable.Plan, config, where: rules.Rules | None = None):
 
     def loss(params, frozen, rows: RolloutRows, keys, extra):
         del keys
-        logps, entropy, values = credit.measure(plan, at.temperature, where, params, frozen, rows)
+        logps, entropy, values = credit.measure(
+            plan, credit.temperature(at), where, params, frozen, rows
+        )
         mask = rows.answer >= 0
         old = rows.old_logps
         old = jax.lax.stop_gradient(logps) if old is None else old

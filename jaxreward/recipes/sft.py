@@ -6,6 +6,8 @@ source -> chat template -> tokens -> packed rows -> one forward -> states before
 What this loop does that a textbook one does not: only the states that predict a supervised token
 meet the language head, and never all of the vocabulary at once; a batch's mean is over its tokens,
 whatever row, microbatch or device they are in.
+
+With a section `noise` the model is a denoiser: see `recipes.denoisers`.
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ from jaxreward.hub import export, load
 from jaxreward.models import trainable
 from jaxreward.objectives import supervised
 from jaxreward.parallel import hosts, rules
+from jaxreward.recipes import denoisers
 from jaxreward.train import session
 
 
@@ -116,13 +119,23 @@ def build(config, workdir: str | Path) -> session.Built:
     """
     workdir = Path(workdir)
     model = config.models.policy
+    noise = "noise" in config
     with hosts.writer_first("initial model"):
-        folder = export.init_folder(model.init, workdir)
+        folder = export.init_folder(model.init, workdir, denoiser=noise)
     tokenizer = tokenize.load_tokenizer(folder)
     where = rules.on_mesh(dict(config.mesh))
     train, held, facts = load_data(config, tokenizer)
     cfg, weights, _ = load.load(folder, rules=where)
     cfg = dataclasses.replace(cfg, compute=config.train.compute, remat=config.train.remat)
+    if noise:
+        cfg = denoisers.of_model(cfg, model, tokenizer)
+        padded = dict(canvas=config.data.canvas, padding=config.data.padding)
+        train, held = (denoisers.flat(x, end=tokenizer.eos_id, **padded) for x in (train, held))
+    elif cfg.mask != "causal":
+        raise ValueError(
+            f"models.policy.init={model.init!r} is a denoiser, and this config's losses are of "
+            "causal models; use diffusion/sft, or another config with a section noise"
+        )
     plan = trainable.make_plan(cfg, model, language=True)
     source_hash = load.content_hash(folder)
     key = jax.random.key(config.seed)
@@ -132,7 +145,14 @@ def build(config, workdir: str | Path) -> session.Built:
 
     def losses(packed):
         size = min(length, _most_supervised(train, packed))
+        if noise:
+            return denoisers.make_loss(plan, config, where, size=size)
         return make_loss(plan, config.losses, where, size=size)
+
+    if noise:
+        predict = denoisers.make_predict(plan, config, rules=where)
+    else:
+        predict = likelihood.make_predict(plan, rules=where, batch=config.data.eval_batch)
 
     return session.assemble(
         config,
@@ -145,7 +165,7 @@ def build(config, workdir: str | Path) -> session.Built:
         facts=facts,
         length=length,
         losses=losses,
-        predict=likelihood.make_predict(plan, rules=where, batch=config.data.eval_batch),
+        predict=predict,
         to_device=functools.partial(scorer.pair_rows, rules=where),
         tokenizer=tokenizer,
         folder=folder,

@@ -3,6 +3,9 @@
 Every text runs in both, unpadded, token for token the same. In float32 the two must agree but for
 rounding; in bfloat16 we may be no further from float32 than transformers is, by a factor of
 `SLACK`.
+
+transformers has no class for a denoiser. It is compared with the causal model that it is but for
+its mask, in the denoiser's mask and with the tensors of the folder.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ from jaxreward.core.types import Rows
 from jaxreward.data import pairs as pair_data
 from jaxreward.data import sources, tokenize
 from jaxreward.hub import load
-from jaxreward.models import decoder, heads
+from jaxreward.models import decoder, families, heads
 from jaxreward.parallel import rules
 from jaxreward.sampling import autoregressive
 from jaxreward.sampling.choose import Greedy
@@ -75,7 +78,7 @@ def verify(
     """Compares a Hugging Face folder as we load it with what transformers makes of it.
 
     Args:
-      folder: A language model or a reward model with score.weight.
+      folder: A language model, a denoiser, or a reward model with score.weight.
       pairs: Preference pairs to compare instead of the built-in texts; of a reward model also the
         share of pairs whose order changes.
       limit: Most pairs.
@@ -100,21 +103,26 @@ def verify(
         kind = ""  # the bare model; the head lies beside it
     if score is None and not cfg.tied and "head" not in params:
         raise ValueError(f"{folder} has neither a language head nor a score head to compare")
-    model = getattr(transformers, f"AutoModel{kind}").from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-    )
+    causal = cfg.mask == "causal"
+    if causal:
+        model = getattr(transformers, f"AutoModel{kind}").from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
+    else:
+        model = _causal_twin(cfg, folder)
     model.eval()
     last = _head_theirs(model, folder) if score is not None else None
     checks: list[Check] = []
-    want = [_theirs(model, text, last) for text in texts]
+    want = [_theirs(model, text, last, cfg) for text in texts]
+    answers = texts[: len(TEXTS)] if score is None and causal else []
     # Where transformers' first choice leads by less than rounding, either token is right.
-    said = [_greedy_theirs(model, t) for t in texts[: len(TEXTS)]] if score is None else []
+    said = [_greedy_theirs(model, text) for text in answers]
     got = [_ours(cfg, params, score, text, where) for text in texts]
     checks += _numbers("float32", cfg, got, want, None, score)
-    if score is None:
-        checks.append(_greedy(cfg, params, texts[: len(TEXTS)], said, where))
+    if answers:
+        checks.append(_greedy(cfg, params, answers, said, where))
     model = model.to(torch.bfloat16)
-    short = [_theirs(model, text, last) for text in texts]
+    short = [_theirs(model, text, last, cfg) for text in texts]
     half = dataclasses.replace(cfg, compute="bfloat16")
     got_half = [_ours(half, params, score, text, where) for text in texts]
     checks += _numbers("bfloat16", cfg, got_half, want, short, score)
@@ -122,7 +130,7 @@ def verify(
         checks += _flips(order, got, got_half, want, short)
     return checks, {
         "folder": str(folder),
-        "model": f"{cfg.family}, {'language model' if score is None else 'reward model'}",
+        "model": f"{cfg.family}, {_what(cfg, score)}",
         "texts": len(texts),
         "tokens": int(sum(map(len, texts))),
         "devices": jax.devices()[0].device_kind,
@@ -130,6 +138,12 @@ def verify(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _what(cfg, score) -> str:
+    if cfg.mask != "causal":
+        return f"denoiser (mask {cfg.mask}, predict_offset {cfg.predict_offset}), masked by us"
+    return "language model" if score is None else "reward model"
 
 
 def table(checks: Sequence[Check], facts: dict) -> str:
@@ -194,19 +208,54 @@ def _head_theirs(model, folder):
     return last
 
 
-def _theirs(model, text, head) -> _Side:
+def _causal_twin(cfg, folder):
+    """A denoiser's tensors, by their names in the folder, in the causal model of the same shape."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    family = {"llada": "qwen2" if cfg.bias else "llama", "Dream": "qwen2"}.get(cfg.family)
+    alike = dict(family=family or cfg.family, mask="causal", block=0, predict_offset=1)
+    twin = dataclasses.replace(cfg, **alike)
+    raw = families.to_hf_config(twin)
+    config = transformers.AutoConfig.for_model(**raw)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    stored = {}
+    for path in sorted(set(load.weight_files(folder).values())):
+        stored |= load_file(path)
+    # Both tables go through the same leaves; only names differ, and layouts are not touched.
+    ours = {e.ours: e.theirs for e in families.hf_table(cfg)}
+    state = {
+        e.theirs.format(layer=i): stored[ours[e.ours].format(layer=i)]
+        for e in families.hf_table(twin)
+        for i in range(cfg.depth if e.layered else 1)
+    }
+    if cfg.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model
+
+
+def _theirs(model, text, head, cfg) -> _Side:
     import torch
 
     ids = torch.tensor(np.asarray(text)[None], dtype=torch.long)
+    seen = {}
+    if cfg.mask != "causal":
+        block = torch.arange(len(text)) // (cfg.block or len(text))
+        hidden = torch.finfo(model.dtype).min * (block[None] > block[:, None])
+        seen["attention_mask"] = hidden.to(model.dtype)[None, None]
     inner = model if head is not None and not hasattr(model, "score") else model.model
     with torch.no_grad():
-        out = inner(input_ids=ids, output_hidden_states=True, use_cache=False)
+        out = inner(input_ids=ids, output_hidden_states=True, use_cache=False, **seen)
         # Not the model's own choice of a token, which skips trailing ids that equal its pad id.
         last = out.last_hidden_state[:, -1]
         if head is not None:
             final = head(last)
         else:
-            final = model(input_ids=ids, use_cache=False).logits[:, -1]
+            final = model(input_ids=ids, use_cache=False, **seen).logits[:, -1]
     return _Side([h[0].float().numpy() for h in out.hidden_states[1:]], final[0].float().numpy())
 
 

@@ -146,3 +146,16 @@ def test_any_bytes_give_rows_or_one_clear_error(data, file, tmp_path_factory):
             assert number >= 1 and isinstance(row, dict | formats.Bad)
     except ValueError as error:
         assert str(path) in str(error)
+
+
+def test_csv_keeps_text_as_it_is(tmp_path):
+    """Catches puzzles that lose their zeros, and a short row that is filled up in silence."""
+    path = tmp_path / "puzzles.csv"
+    path.write_bytes('\ufeffPuzzle,Solution\n0042,"1,2"\n7\n'.encode())
+    (number, row), (_, bad) = formats.rows(path)
+    assert (number, row) == (2, {"Puzzle": "0042", "Solution": "1,2"})
+    assert isinstance(bad, formats.Bad)
+    assert "as many values" in bad.reason
+    path.write_bytes(b'Puzzle\n"open\n')
+    with pytest.raises(ValueError, match=r"puzzles\.csv:2: not CSV"):
+        list(formats.rows(path))

@@ -30,7 +30,8 @@ from jaxreward.recipes import online_rl
 from jaxreward.rewards import verdict
 
 RATIONALES, LABELS, HELD = 64, 512, 128  # pairs
-BASE = dict(steps=1600, batch=16, lr=4e-3, max_len=160)
+SUMS, VERDICTS = 3000, 3  # problems that the base sees, and verdicts on each
+BASE = dict(steps=2400, batch=16, lr=4e-3, max_len=160)
 UPDATES = 40
 OFF = (-3, -2, -1, 1, 2, 3)  # what a wrong result is off by
 ARMS = ("sft", "rl", "msrl")
@@ -64,22 +65,23 @@ def worked(question):
 def base_rows(seed):
     """What the base imitates: sums worked out, and verdicts that are drawn."""
     draw, rows = random.Random(seed + 1000), []
-    for i, problem in enumerate(world.problems("hard", count=1000, seed=seed + 1000)):
+    for i, problem in enumerate(world.problems("hard", count=SUMS, seed=seed + 1000)):
         question = problem["prompt"].partition("\n")[0]
         rows.append(dict(id=f"s{i}", prompt=f"{question}\n", completion=worked(question)))
-        right, wrong = problem["answer"], str(max(0, int(problem["answer"]) + draw.choice(OFF)))
-        shown = draw.sample((right, wrong), 2)
-        thought = draw.choice((worked(question), "A or B?", "let me see"))
-        letter = "AB"[shown.index(right)]
-        if draw.random() < (0.1 if "=" in thought else 0.5):
-            letter = "AB"["BA".index(letter)]
-        rows.append(
-            dict(
-                id=f"v{i}",
-                prompt=layout(question, *shown),
-                completion=verdict.render(letter, thought),
+        for j in range(VERDICTS):
+            right, off = problem["answer"], draw.choice(OFF)
+            shown = draw.sample((right, str(max(0, int(right) + off))), 2)
+            thought = draw.choice((worked(question), "A or B?", "let me see"))
+            letter = "AB"[shown.index(right)]
+            if draw.random() < (0.1 if "=" in thought else 0.5):
+                letter = "AB"["BA".index(letter)]
+            rows.append(
+                dict(
+                    id=f"v{i}-{j}",
+                    prompt=layout(question, *shown),
+                    completion=verdict.render(letter, thought),
+                )
             )
-        )
     return rows
 
 

@@ -52,26 +52,34 @@ def pairs(seed):
         wrong = wrong if wrong != right else right + 1
         question = problem["prompt"].partition("\n")[0]
         row = dict(id=problem["id"], prompt=question, chosen=str(right), rejected=str(wrong))
+        row["key"] = problem["key"]
         made.append(row)
     return made[:RATIONALES], made[RATIONALES:-HELD], made[-HELD:]
 
 
-def worked(question):
-    """The steps of a sum, as the world's traces have them."""
-    steps, _ = world.derivation(question.partition("=")[0])
-    return steps.partition("answer")[0].strip()
+def worked(question, shown=()):
+    """The steps of a sum, as the world's traces have them; then whether each result fits."""
+    steps, value = world.derivation(question.partition("=")[0])
+    checked = [
+        f"{letter} {x} {'yes' if int(x) == value else 'no'}" for letter, x in zip("AB", shown)
+    ]
+    return "\n".join([steps.partition("answer")[0].strip(), *checked])
 
 
-def base_rows(seed):
-    """What the base imitates: sums worked out, and verdicts that are drawn."""
+def base_rows(seed, held):
+    """What the base imitates: sums worked out, and verdicts, of which one in three is thought about
+    and then mostly right; no sum of a held-out pair is among them."""
+    unseen = {pair["key"] for pair in held}
     draw, rows = random.Random(seed + 1000), []
     for i, problem in enumerate(world.problems("hard", count=SUMS, seed=seed + 1000)):
+        if problem["key"] in unseen:
+            continue
         question = problem["prompt"].partition("\n")[0]
         rows.append(dict(id=f"s{i}", prompt=f"{question}\n", completion=worked(question)))
         for j in range(VERDICTS):
             right, off = problem["answer"], draw.choice(OFF)
             shown = draw.sample((right, str(max(0, int(right) + off))), 2)
-            thought = draw.choice((worked(question), "A or B?", "let me see"))
+            thought = draw.choice((worked(question, shown), "A or B?", "let me see"))
             letter = "AB"[shown.index(right)]
             if draw.random() < (0.1 if "=" in thought else 0.5):
                 letter = "AB"["BA".index(letter)]
@@ -89,7 +97,8 @@ def rationales(some, seed):
     """Rows of 1a: the sum worked out, and the letter that follows."""
     made = []
     for pair, row in zip(some, judges.rows(some, seed=seed, layout=layout)):
-        text = verdict.render(row["label"], worked(pair["prompt"]))
+        shown = [line[2:] for line in row["prompt"].splitlines()[1:3]]
+        text = verdict.render(row["label"], worked(pair["prompt"], shown))
         made.append(dict(id=row["id"], prompt=row["prompt"], completion=text))
     return made
 
@@ -135,7 +144,7 @@ def main():
     for seed in map(int, args.seeds.split(",")):
         folder = args.work.resolve() / f"seed{seed}"
         some, labelled, held = pairs(seed)
-        base = common.fine_tuned(folder / "base", base_rows(seed), seed=seed, **BASE)
+        base = common.fine_tuned(folder / "base", base_rows(seed, held), seed=seed, **BASE)
         data = dict(seed=seed, labelled=labelled, held=held)
 
         def imitated(steps):

@@ -125,6 +125,11 @@ def make_plan(
             f"head={' or '.join(map(repr, known))}; received "
             f"family={role.family!r}, head={role.head!r}"
         )
+    if cfg.mask != "causal" and role.head != LANGUAGE:
+        raise ValueError(
+            f"models.{name}: a head on answers needs a causal model, since rows share prompts; "
+            f"models.{name}.init is a denoiser (mask={cfg.mask!r})"
+        )
     adapters = None
     if role.train == "lora":
         adapters = lora.Config(role.lora_rank, float(role.lora_alpha), role.lora_targets)

@@ -241,13 +241,16 @@ def make_predict(plan: trainable.Plan, config, canvases: Canvases, grader, key: 
         every = config.search.every if width else 0
         schedule = canvases.schedule(temperature=temperature, steps=steps, every=every)
         together = max(1, config.rollouts.prompts * config.rollouts.answers // n)
+        together = min(together, len(asked))
         groups, passes = [], []
         for i in range(0, len(asked), together):
             some = asked[i : i + together]
+            some = some + [some[0]] * (together - len(some))  # one shape, hence one program
             own = jax.random.fold_in(jax.random.fold_in(key, 3), i)
             canvas = canvases.fill(joined, some, n, own, schedule, width=width, quality=quality)
             groups += canvases.groups(canvas, some, n)
             passes.append(int(canvas.step))
+        groups = groups[: len(asked)]
         grades, _ = grader(asked, groups)
         of = lambda get, dtype: np.array([[get(a) for a in group] for group in groups], dtype)
         parts = {**grades.parts, "passes": np.full(grades.reward.shape, np.mean(passes))}

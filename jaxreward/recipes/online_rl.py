@@ -307,6 +307,10 @@ def build(config, workdir: str | Path, *, engine: rollouts.Rollouts | None = Non
     old, more = load_replayed(config, tokenizer)
     cfg, weights, _ = load.load(folder, rules=where)
     cfg = dataclasses.replace(cfg, compute=config.train.compute, remat=config.train.remat)
+    if cfg.mask != "causal":
+        raise ValueError(
+            f"models.policy.init={model.init!r} is a denoiser; its recipe is diffusion_rl (mro/rl)"
+        )
     plan = trainable.make_plan(cfg, model, language=True)
     key = jax.random.key(config.seed)
     params, frozen = trainable.init(plan, weights, jax.random.fold_in(key, 1), rules=where)

@@ -228,10 +228,23 @@ class Steps:
                 f"{config.advantages['fn']!r} do not go together: steps are given "
                 "steps.advantages or steps.imitation, whole answers any other"
             )
-        intra = config.intra
-        self.measured = bool(intra.verification or intra.fluency)
+        intra, searches = config.intra, config.search.width > 0
+        imitates = self._advantage.func is step_advantages.imitation
+        if searches and not imitates:
+            raise ValueError(
+                f"search.width={config.search.width} finds trajectories to imitate: set "
+                "advantages.fn=steps.imitation, or search.width=0"
+            )
+        if at.importance != "none" and (at.estimator == "masked" or at.logp_temperature != 1):
+            raise ValueError(
+                f"rollouts.importance={at.importance!r} compares with what the sampler reports of "
+                "steps at temperature 1: it needs rollouts.estimator=steps and "
+                f"rollouts.logp_temperature=1; received {at.estimator} and {at.logp_temperature}"
+            )
+        # What is imitated needs no reward of its own.
+        self.measured = bool(intra.verification or intra.fluency) and not imitates
         self.every = at.every if at.estimator == "steps" else 0
-        if at.estimator == "masked" and (self.measured or config.search.width):
+        if at.estimator == "masked" and (self.measured or searches):
             raise ValueError(
                 "rollouts.estimator='masked' learns from whole answers: set intra.verification=0, "
                 "intra.fluency=0 and search.width=0"
@@ -243,8 +256,10 @@ class Steps:
             )
         if intra.mode not in ("endpoint", "sum"):
             raise ValueError(f"intra.mode must be endpoint or sum; received {intra.mode!r}")
-        if config.search.width and intra.mode == "sum":
-            raise ValueError("a search measures the ends of its groups; set intra.mode=endpoint")
+        if searches and at.steps % config.search.every:
+            raise ValueError(
+                f"search.every={config.search.every} must divide rollouts.steps={at.steps}"
+            )
         self._round, self._queue, self._state = 0, [], None
         self.metrics: dict[str, float] = {}
 
@@ -301,9 +316,12 @@ class Steps:
         key = jax.random.fold_in(self._key, number)
         joined = self._join(params, self._frozen)
         records = self._prompts(number)
-        searching = self._config.search.width
-        wants = self.every and (self.measured or self._config.intra.shaping or searching)
-        step = (1 if self._config.intra.mode == "sum" else self.every) if wants else 0
+        intra, searching = self._config.intra, self._config.search.width
+        step = 0
+        if searching:
+            step = self._config.search.every
+        elif self.every and (self.measured or intra.shaping):
+            step = 1 if intra.mode == "sum" else self.every
         schedule = self._canvases.schedule(every=step)
         canvas = self._canvases.fill(
             joined, records, at.answers, key, schedule, width=searching, quality=self._quality
@@ -314,7 +332,7 @@ class Steps:
         grades, said = self._grader(records, groups)
         clock.append(time.monotonic())
         measured = {}
-        if step and self.measured:
+        if self.measured:
             points = [
                 self._canvases.measure(joined, canvas, g, step, key)
                 for g in range(at.steps // step)
@@ -352,26 +370,25 @@ class Steps:
         at, intra = self._at, self._config.intra
         P, G = grades.reward.shape
         total = at.steps // self.every
-        quality = grades.reward.ravel().astype(np.float32)
-        points = at.steps // step if step else total
-        if intra.shaping:
-            earlier = [
-                self._quality(records, self._canvases.texts(canvas.drafts[g])[: P * G])
-                for g in range(points - 1)
-            ]
-            quality = np.stack([*earlier, quality]).astype(np.float32)
-        worth = self._canvases.weighted(measured) if measured else np.zeros((points, P * G))
-        rewards = correlation.step_rewards(
-            jnp.asarray(worth, jnp.float32),
-            jnp.asarray(quality),
-            every=points // total,
-            shaping=intra.shaping,
-        )
         prompt = np.repeat(np.arange(P, dtype=np.int32), G)
         if self._advantage.func is step_advantages.imitation:
             each = np.asarray(self._advantage(jnp.asarray(grades.outcome.ravel()), groups=total))
         else:
-            each = np.asarray(self._advantage(rewards, jnp.asarray(prompt), num_groups=P))
+            points = at.steps // step if step else total
+            worth = self._canvases.weighted(measured) if measured else np.zeros((points, P * G))
+            quality = grades.reward.ravel().astype(np.float32)
+            if intra.shaping:
+                earlier = [
+                    self._quality(records, self._canvases.texts(canvas.drafts[g])[: P * G])
+                    for g in range(points - 1)
+                ]
+                quality = np.stack([*earlier, quality]).astype(np.float32)
+            rewards = correlation.step_rewards(
+                np.asarray(worth, np.float32), quality, every=points // total, shaping=intra.shaping
+            )
+            each = np.asarray(
+                self._advantage(jnp.asarray(rewards), jnp.asarray(prompt), num_groups=P)
+            )
         rng = np.random.default_rng([self._config.seed, 3, self._round])
         picked = min(at.groups or total, total)
         chosen = [np.sort(rng.permutation(total)[:picked]) for _ in range(P * G)]

@@ -184,9 +184,14 @@ def sample(
       A Completion of P * samples rows. Decoding stops as soon as every row has ended.
 
     Raises:
-      ValueError: if `slots`, `share` and `samples` do not go together, or the matcher was made for
-        another vocabulary.
+      ValueError: if `slots`, `share` and `samples` do not go together, the matcher was made for
+        another vocabulary, or the model is a denoiser.
     """
+    if cfg.mask != "causal":
+        raise ValueError(
+            f"a denoiser (mask={cfg.mask!r}) does not write token by token; use "
+            "sampling.denoise.sample, or recipe diffusion_rl"
+        )
     P, N = len(prompts), len(prompts) * samples
     slots, share = _layout(N, samples, slots, share)
     lanes = slots // share

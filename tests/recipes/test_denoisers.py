@@ -16,7 +16,8 @@ from jaxreward.evals import scorer
 from jaxreward.hub import export
 from jaxreward.models import decoder, trainable
 from jaxreward.parallel import specs as sp
-from jaxreward.recipes import denoisers, sft
+from jaxreward.recipes import denoisers, online_rl, preference, sft
+from jaxreward.sampling import autoregressive, choose
 
 CFG = testing.tiny_config(vocab=40, depth=1, mask="full", mask_id=39, predict_offset=0)
 PLAN = trainable.Plan(CFG, head=None)
@@ -220,3 +221,23 @@ def test_losses_say_what_they_need():
     config.losses.elbo.fn = "denoising.weighted"
     with pytest.raises(ValueError, match=r"denoising\.weighted takes p"):
         denoisers.make_loss(PLAN, config)
+
+
+def test_recipes_of_causal_models_refuse_a_denoiser(folders, tmp_path):
+    """Catches an answer that never sees its prompt: shared prompts are invisible to a denoiser."""
+    init = f"models.policy.init=hf:{folders[1]}"
+    with pytest.raises(ValueError, match=r"its recipe is diffusion_rl"):
+        online_rl.build(presets.load("online_rl/math:smoke", [init]), tmp_path)
+    with pytest.raises(ValueError, match="a head on answers needs a causal model"):
+        preference.build(presets.load("reward_model/bradley_terry:smoke", [init]), tmp_path)
+    with pytest.raises(ValueError, match="does not write token by token"):
+        autoregressive.sample(
+            {},
+            CFG,
+            np.ones((1, 16), np.int32),
+            np.ones((1, 16), bool),
+            jax.random.split(jax.random.key(0), 1),
+            max_new=2,
+            choose=choose.Greedy(),
+            stop=np.array([-1]),
+        )

@@ -170,7 +170,8 @@ def test_rows_by_hand():
         (["intra.fluency=1", "models.perplexity.init=tiny"], None),
         (["rollouts.steps=3", "rollouts.block=4", "rollouts.every=1"], "do not divide over 2"),
         (["rollouts.updates=3"], r"rollouts\.updates=3 must divide"),
-        (["search.width=2", "intra.mode=sum"], "a search measures the ends"),
+        (["search.width=2"], "finds trajectories to imitate"),
+        (["rollouts.importance=token", "rollouts.logp_temperature=0.5"], "compares with what"),
     ],
 )
 def test_what_does_not_fit_is_told_before_a_round(overrides, message, tmp_path):

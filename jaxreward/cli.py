@@ -130,6 +130,9 @@ def generate(args):
         top_p=args.top_p,
         min_p=args.min_p,
         stop_strings=args.stop,
+        steps=args.steps,
+        block=args.block,
+        threshold=args.threshold,
     )
 
 
@@ -262,6 +265,9 @@ def _flags(command, add):
         add("--max_new", type=_positive, default=64, help="tokens at most (default: %(default)s)")
         add("--seed", type=int, default=0, help="default: %(default)s")
         add("--batch", type=_positive, default=64, help="answers at a time (default: %(default)s)")
+        add("--steps", type=int, default=0, help="of a denoiser; 0: a token a step")
+        add("--block", type=int, default=0, help="positions of a denoiser's block; 0: all")
+        add("--threshold", type=float, default=0.0, help="of a denoiser: commit all that are surer")
     if command == "data":
         add("file", type=Path, metavar="FILE", help="JSON Lines, Parquet, ArrayRecord or tfds:NAME")
         add("--model", type=Path, metavar="HF_FOLDER", help="its tokenizer; else by characters")

@@ -1,5 +1,6 @@
 """Answers to prompts from a language model, in resumable chunks."""
 
+import functools
 import hashlib
 import json
 import os
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreward.data import sources, stop, tokenize
+from jaxreward.diffusion import trajectory
 from jaxreward.hub import load
 from jaxreward.parallel import rules
-from jaxreward.sampling import autoregressive, choose
+from jaxreward.sampling import autoregressive, choose, denoise
 from jaxreward.train import writers
 
 # Batches of prompts that one call of the sampler takes: what has ended makes room for the next
@@ -36,6 +38,9 @@ def run(
     top_p: float = 1.0,
     min_p: float = 0.0,
     stop_strings: Sequence[str] = (),
+    steps: int = 0,
+    block: int = 0,
+    threshold: float = 0.0,
 ) -> None:
     """Samples `n` answers to every prompt of a JSONL file.
 
@@ -55,6 +60,9 @@ def run(
       seed: Of the sampling. batch: Answers computed together.
       top_k, top_p, min_p: As in `choose.Filtered`; by default nothing is left out.
       stop_strings: Texts that end an answer, besides the model's end tokens.
+      steps, block, threshold: Of a denoiser, as `sampling.denoise.Schedule`; steps 0 = `max_new`.
+        Its answers are `max_new` positions, cut at the first end token; `logp` is of the tokens
+        before it, each given what stood there when it was committed.
 
     Raises:
       ValueError, FileNotFoundError: saying what does not fit.
@@ -74,13 +82,16 @@ def run(
         "min_p": min_p,
         "stop_strings": list(stop_strings),
         "max_new": max_new,
+        "denoising": [steps, block, threshold],
         "seed": seed,
         "prompts": hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest(),
     }
     partial = None if str(output) == "-" else Path(f"{output}.partial")
     done = _resume(partial, settings)
     if len(done) < len(records):
-        _sample(model, records, done, partial, how, n, max_new, seed, batch, list(stop_strings))
+        kw = dict(steps=steps or max_new, block=block, threshold=threshold)
+        kw |= dict(n=n, max_new=max_new, seed=seed, batch=batch, strings=list(stop_strings))
+        _sample(model, records, done, partial, how, **kw)
     sources.write_jsonl(output, done)
     if partial is not None:
         partial.unlink(missing_ok=True)
@@ -110,7 +121,9 @@ def _resume(partial, settings) -> list[dict]:
     return lines[1:]
 
 
-def _sample(model, records, done, partial, how, n, max_new, seed, batch, strings):
+def _sample(
+    model, records, done, partial, how, *, n, max_new, seed, batch, strings, steps, block, threshold
+):
     where = rules.on_mesh()
     tokenizer = tokenize.load_tokenizer(model)
     cfg, params, _ = load.load(model, rules=where)
@@ -134,7 +147,26 @@ def _sample(model, records, done, partial, how, n, max_new, seed, batch, strings
     calls = -(-len(records) // (AHEAD * lanes))
     rows = -(-len(records) // (calls * lanes)) * lanes
     ends = jnp.asarray(sorted(tokenizer.eos_ids), jnp.int32)
-    matcher = jnp.asarray(stop.matcher(tokenizer, strings, cfg.vocab)) if strings else None
+    if cfg.mask == "causal":
+        if (steps, block, threshold) != (max_new, 0, 0.0):
+            raise ValueError(f"{model} is no denoiser: steps, block and threshold do not apply")
+        draw = functools.partial(
+            autoregressive.sample,
+            max_new=max_new,
+            choose=how,
+            stop=ends,
+            matcher=jnp.asarray(stop.matcher(tokenizer, strings, cfg.vocab)) if strings else None,
+            rules=where,
+            samples=n,
+            slots=lanes * n,
+            share=n,
+        )
+    else:
+        if strings:
+            raise ValueError("a denoiser fills in whole answers; stop strings do not end them")
+        schedule = denoise.Schedule(max_new, steps, block, choose=how, threshold=threshold)
+        draw = functools.partial(_filled, schedule=schedule, ends=ends, n=n, rules=where)
+        rows = min(rows, lanes)
     fold = jax.random.fold_in
     number = jax.jit(jax.vmap(lambda i, j: fold(fold(jax.random.key(seed), i), j)))
     progress = writers.Progress(len(records), start=len(done), label="sample")
@@ -143,21 +175,7 @@ def _sample(model, records, done, partial, how, n, max_new, seed, batch, strings
         part = encoded[first : first + rows]
         tokens, mask = autoregressive.padded(part, rows=rows, length=length)
         keys = number(np.repeat(np.arange(first, first + rows), n), np.tile(np.arange(n), rows))
-        got = autoregressive.sample(
-            params,
-            cfg,
-            tokens,
-            mask,
-            keys,
-            max_new=max_new,
-            choose=how,
-            stop=ends,
-            matcher=matcher,
-            rules=where,
-            samples=n,
-            slots=lanes * n,
-            share=n,
-        )
+        got = draw(params, cfg, tokens, mask, keys)
         got = jax.tree.map(np.asarray, got)
         for row in range(len(part)):
             answers = [
@@ -179,6 +197,26 @@ def _sample(model, records, done, partial, how, n, max_new, seed, batch, strings
                 os.fsync(file.fileno())
         progress.update(len(done))
     progress.close()
+
+
+def _filled(params, cfg, tokens, mask, keys, *, schedule, ends, n, rules):
+    """A denoiser's answers in the form of the other sampler's."""
+    tokens, mask = (np.repeat(x, n, axis=0) for x in (tokens, mask))
+    # A row that holds no prompt is filled in like any other, behind one token.
+    mask[~mask.any(axis=1), -1] = True
+    canvas = denoise.sample(params, cfg, tokens, mask, keys, schedule=schedule, rules=rules)
+    P = tokens.shape[1]
+    length, ended = trajectory.answer_length(canvas, P, ends)
+    inside = jnp.arange(schedule.length) < length[:, None]
+    return autoregressive.Completion(
+        tokens=canvas.tokens[:, P:],
+        length=length,
+        reason=jnp.where(ended, 0, -1),
+        logps=jnp.where(inside, canvas.logps[:, P:], 0.0),
+        full_logps=jnp.where(inside, canvas.full_logps[:, P:], 0.0),
+        steps=canvas.step,
+        slots=len(tokens),
+    )
 
 
 def _answer(tokenizer, got, i, ends, strings):

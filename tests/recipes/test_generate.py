@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxreward.data import sources
+from jaxreward.hub import export
 from jaxreward.recipes import generate
 
 PROMPTS = [
@@ -261,3 +262,21 @@ def test_no_end_token(model, prompts, tmp_path):
         (folder / name).write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="names no end-of-sequence token"):
         generate.run(folder, prompts, tmp_path / "out.jsonl", **SETTINGS)
+
+
+def test_a_denoiser_fills_in(model, prompts, tmp_path):
+    """Its answers too depend on prompt, number and seed alone; what does not apply is refused."""
+    folder = export.write_tiny(tmp_path / "denoiser", denoiser=True)
+    kw = dict(n=2, temperature=1.0, max_new=4, steps=2)
+    found = []
+    for batch in (2, 20):
+        generate.run(folder, prompts, tmp_path / f"{batch}.jsonl", batch=batch, **kw)
+        found.append((tmp_path / f"{batch}.jsonl").read_bytes())
+    assert texts(found[0]) == texts(found[1])
+    answers = [answer for row in rows(found[0]) for answer in row["answers"]]
+    assert len(answers) == 10
+    assert all(1 <= a["tokens"] <= 4 and a["logp"] < 0 for a in answers)
+    with pytest.raises(ValueError, match="stop strings do not end them"):
+        generate.run(folder, prompts, tmp_path / "a.jsonl", stop_strings=["x"], **kw)
+    with pytest.raises(ValueError, match="is no denoiser: steps, block and threshold"):
+        generate.run(model, prompts, tmp_path / "b.jsonl", **kw)

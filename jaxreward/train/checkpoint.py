@@ -27,6 +27,7 @@ from jaxreward.core import trees
 from jaxreward.core.types import TrainState
 
 log = logging.getLogger(__name__)
+SHOWN = 8  # differences that a message lists
 PyTree = Any
 FORMAT = 2  # 1 had no fingerprints
 
@@ -330,9 +331,11 @@ class Checkpoints:
                 elif dtype != str(x.dtype):
                     problems.append(f"{item}/{path} is {dtype}, expected {x.dtype}")
         if problems:
+            more = len(problems) - SHOWN
+            told = "; ".join(problems[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
             raise ValueError(
-                f"{self.folder}/{step} is of another model than the config describes: "
-                f"{'; '.join(problems)}. Use the config of that run, or another workdir"
+                f"{self.folder}/{step} is of another model than the config describes: {told}. "
+                "Use the config of that run, or another workdir"
             )
 
     def _set_aside(self, steps):

@@ -242,7 +242,8 @@ def check(name: str, out: dict):
         if differ:
             raise SystemExit(
                 f"{name}: {differ} of {want.size} greedy tokens of {side} are not those of ours; "
-                "nothing was timed"
+                "nothing was timed. Where a model hardly prefers one token to another, rounding "
+                "decides: try other prompts, or a model that is surer"
             )
     print(f"{name}: {', '.join(EXACT)} give the same {want.size} greedy tokens", flush=True)
 

@@ -51,6 +51,7 @@ PARTS = {
     "recipes/online_rl.py": {"credit", "rounds", "evaluate"},
     "recipes/rounds.py": {"credit"},
     "recipes/sft.py": {"denoisers"},
+    "recipes/evaluate.py": {"denoisers"},
     "recipes/steps.py": {"credit"},
     "recipes/diffusion_rl.py": {"credit", "denoisers", "evaluate", "online_rl", "steps"},
 }

@@ -57,7 +57,7 @@ def test_committed_clean(path):
     assert re.search(r"try:\s+import jaxreward\s+except ImportError:\s.*%pip install", first, re.S)
 
 
-SLOW = {"grpo_judge"}  # a minute and more where the cores are shared
+SLOW = {"diffusion_rl", "grpo_judge"}  # a minute and more where the cores are shared
 RUN = [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in NOTEBOOKS]
 
 
@@ -79,7 +79,7 @@ def test_runs(path, kernel, tmp_path, require):
     assert not [p for p in (tmp_path / "TMPDIR").rglob("*") if p.is_file()]
     images = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     assert any("image/png" in out.get("data", {}) for out in images)
-    checks = {"quickstart": quickstart, "grpo_judge": grpo_judge}
+    checks = {"quickstart": quickstart, "grpo_judge": grpo_judge, "diffusion_rl": diffusion_rl}
     checks.get(path.stem, lambda notebook: None)(notebook)
 
 
@@ -107,3 +107,18 @@ def grpo_judge(notebook):
     assert after["single_accuracy"] > before["single_accuracy"] + 0.05
     assert after["pair_accuracy"] <= after["consistency"]
     assert "<answer>" in said and "judge/accuracy" in said
+
+
+def diffusion_rl(notebook):
+    """Its numbers: more steps are better, a search repairs few of them, rewards make few enough."""
+    said = "".join(shown(cell) for cell in notebook.cells if cell.cell_type == "code")
+    read = lambda line: {int(n): [*map(float, x)] for n, *x in re.findall(line, said, re.M)}
+    searched = read(r"^(\d) steps  right ([\d.]+)  best of 8 in each ([\d.]+)$")
+    taught = read(r"^(\d) steps  before ([\d.]+)  after ([\d.]+)  different right answers")
+    before = {steps: x[0] for steps, x in taught.items()}
+    # Three pairs drawn blindly are right once in eight times.
+    assert before[1] < 0.3 and before[2] < before[8] - 0.2 and before[8] > 0.8
+    assert searched.keys() == {1, 2} and all(b > a + 0.2 for a, b in searched.values())
+    assert all(taught[steps][1] > before[steps] + 0.3 for steps in (1, 2))
+    pictures = [out for cell in notebook.cells for out in cell.get("outputs", ()) if "data" in out]
+    assert sum("image/png" in out["data"] for out in pictures) == 2

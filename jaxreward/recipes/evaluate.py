@@ -20,6 +20,7 @@ from jaxreward.hub import load
 from jaxreward.models import heads, trainable
 from jaxreward.parallel import hosts, rules
 from jaxreward.parallel import specs as sp
+from jaxreward.recipes import denoisers
 from jaxreward.train import checkpoint, session
 
 PyTree = Any
@@ -87,6 +88,8 @@ def _from_workdir(workdir: Path, where):
             )
         cfg, weights, _ = load.load(folder, rules=where)
         cfg = dataclasses.replace(cfg, compute=config.train.compute)
+        if "from_causal" in config.models.policy:
+            cfg = denoisers.of_model(cfg, config.models.policy, tokenize.load_tokenizer(folder))
         plan = trainable.make_plan(cfg, config.models.policy)
         _, frozen = trainable.split(plan, weights)
         del weights
@@ -387,6 +390,8 @@ def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> P
         dtype=dtype,
         about=(
             "A language model fine-tuned on completions."
+            if head is None and plan.cfg.mask == "causal"
+            else "A masked diffusion language model."
             if head is None
             else _ABOUT[plan.head.kind]
         ),

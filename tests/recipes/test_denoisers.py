@@ -2,21 +2,22 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreward import presets, testing
+from jaxreward import cli, presets, testing
 from jaxreward.core.types import Rows
 from jaxreward.data import tokenize
 from jaxreward.diffusion import process
 from jaxreward.evals import scorer
-from jaxreward.hub import export
+from jaxreward.hub import export, load
 from jaxreward.models import decoder, trainable
 from jaxreward.parallel import specs as sp
-from jaxreward.recipes import denoisers, online_rl, preference, sft
+from jaxreward.recipes import denoisers, evaluate, online_rl, preference, sft
 from jaxreward.sampling import autoregressive, choose
 
 CFG = testing.tiny_config(vocab=40, depth=1, mask="full", mask_id=39, predict_offset=0)
@@ -241,3 +242,29 @@ def test_recipes_of_causal_models_refuse_a_denoiser(folders, tmp_path):
             choose=choose.Greedy(),
             stop=np.array([-1]),
         )
+
+
+@pytest.mark.slow
+def test_what_began_causal_is_exported_as_a_denoiser(folders, tmp_path):
+    """Two steps through the command line, on a mesh, exported: mask, shift and mask token are in
+    its config.json, and the next run needs not be told of them."""
+    flags = {
+        "models.policy.init": f"hf:{folders[0]}",
+        "models.policy.from_causal": "true",
+        "models.policy.mask_token": "<|endoftext|>",
+        "train.steps": 2,
+        "mesh.data": 2,
+        "mesh.fsdp": 2,
+    }
+    args = ["train", "--config", "diffusion/sft:smoke", "--workdir", str(tmp_path / "run")]
+    assert cli.main([*args, *(f"--config.{k}={v}" for k, v in flags.items())]) == 0
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval/heldout/perplexity" in line for line in lines)
+    out = evaluate.export(tmp_path / "run", tmp_path / "model")
+    cfg, weights, _ = load.load(out)
+    assert (cfg.mask, cfg.mask_id, cfg.predict_offset) == ("full", 0, 1)
+    assert "diffusion" in (out / "README.md").read_text()
+    before = load.load(folders[0])[1]
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), weights, before)
+    assert max(jax.tree.leaves(moved)) > 0
+    assert sft.build(wanted(out), tmp_path / "next").plan.cfg.mask_id == 0

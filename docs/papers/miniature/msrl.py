@@ -1,14 +1,14 @@
 """MSRL's text stages in miniature: a judge by rationales first (1a) and rewards second (1b).
 
-A judge of 0.4M parameters that reads bytes is shown a sum and two results, and names the right
-one. Its base knows how to work a sum out, and knows the form of a verdict, but not that one has to
-do with the other: it names A or B at random. From there, at equally many updates:
+A judge of 177k parameters that reads bytes is shown a sum and two results, and names the right one.
+Its base can work a sum out and say whether each result fits; but it does so one time in three, and
+otherwise draws a letter. From there, at equally many updates:
 
     sft      imitates rationales of a few pairs
     rl       GRPO on many pairs that have a label and no rationale
     msrl     half of the updates the first, then half the second
 
-docs/papers/msrl.md has the task, the split, the metric, the stopping rule and the ordering that was
+README.md beside this file has the task, the split, the metric, the stopping rule and what was
 expected, written before the runs.
 
     python docs/papers/miniature/msrl.py --work runs/msrl_miniature [--seeds 0,1,2]
@@ -122,7 +122,7 @@ def rl_config(folder, *, seed, start, labelled, held, steps):
             "rollouts.max_new=96",
             "rollouts.workers=0",
             "rollouts.show=1",
-            "optim.lr=1e-3",
+            "optim.lr=3e-4",
             "optim.schedule=constant",
             "optim.warmup=0.1",
             f"train.steps={steps}",

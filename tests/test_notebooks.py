@@ -111,7 +111,7 @@ def grpo_judge(notebook):
 
 def diffusion_rl(notebook):
     """Its numbers: more steps are better, a search repairs few of them, rewards make few enough."""
-    said = "".join(shown(cell) for cell in notebook.cells if cell.cell_type == "code")
+    said = "\n".join(shown(cell) for cell in notebook.cells if cell.cell_type == "code")
     read = lambda line: {int(n): [*map(float, x)] for n, *x in re.findall(line, said, re.M)}
     searched = read(r"^(\d) steps  right ([\d.]+)  best of 8 in each ([\d.]+)$")
     taught = read(r"^(\d) steps  before ([\d.]+)  after ([\d.]+)  different right answers")

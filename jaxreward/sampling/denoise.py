@@ -304,7 +304,8 @@ def advance(
       canvas: From `begin` or `advance`, with the same schedule. Rows may have been exchanged, as
         long as all are at the same step.
       steps: How many; fewer are done if the canvas is full before.
-      Others: As `sample`. Going on in parts with the same keys gives what `sample` gives.
+      Others: As `sample`. Going on in parts with the same keys gives what `sample` gives; with a
+        cache only if every part begins with a block, as the first step of a part fills the cache.
     """
     return _advance(params, cfg, canvas, keys, steps, schedule=schedule, rules=rules)
 
@@ -323,10 +324,10 @@ def _advance(params, cfg, canvas, keys, steps, *, schedule, rules):
         go = at.block < schedule.blocks
         return go if last is None else go & (at.step < last)
 
-    def body(carry):
+    def step(carry, later=False):
         at, cache = carry
         first = P + at.block * K
-        states, whole, cache = run(at, first, cache)
+        states, whole, cache = run(at, first, cache, later)
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, K, axis=1)
         own, drawn = _keys(keys, at.step, at.block * K, K)
         found = _candidates(states, head, cfg, schedule, drawn)
@@ -349,11 +350,16 @@ def _advance(params, cfg, canvas, keys, steps, *, schedule, rules):
             step=at.step + 1,
             turn=jnp.where(over, 0, turn),
             block=at.block + over,
-            whole=at.whole + ((at.turn == 0) if cached else 1),
+            whole=at.whole + (not later),
         )
         return filled, cache
 
-    return jax.lax.while_loop(unfinished, body, start)[0]
+    def block(carry):
+        # A loop of its own for the steps that read the cache: XLA copies what a branch writes.
+        inside = lambda carry: unfinished(carry) & (carry[0].turn > 0)
+        return jax.lax.while_loop(inside, functools.partial(step, later=True), step(carry))
+
+    return jax.lax.while_loop(unfinished, block if cached else step, start)[0]
 
 
 # The model on the canvas
@@ -372,7 +378,7 @@ def _cache(cfg, schedule, B, T, rules):
     return cache.replace(k=put(cache.k), v=put(cache.v))
 
 
-def _run(params, cfg, schedule, rules, at, first, cache):
+def _run(params, cfg, schedule, rules, at, first, cache, later):
     """States that predict the block, [B, K, D] (2 B with guidance); all states if nothing is
     cached, else None; and the cache."""
     T, offset, K = at.tokens.shape[1], cfg.predict_offset, schedule.size
@@ -412,14 +418,15 @@ def _run(params, cfg, schedule, rules, at, first, cache):
         states = model(0, T, None).states
         block = jax.lax.dynamic_slice_in_dim(states, first - offset, K, axis=1)
         return block, states, None
-    if schedule.cache == "dual":
-        later = part(K + offset)
+    if not later:
+        block, cache = part(T)(cache)
+    elif schedule.cache == "dual":
+        block, cache = part(K + offset)(cache)
     else:
         widths = _widths(schedule, T, offset)
         sizes = sorted(set(widths))
         which = jnp.array([sizes.index(w) for w in widths], jnp.int32)
-        later = lambda cache: jax.lax.switch(which[at.block], list(map(part, sizes)), cache)
-    block, cache = jax.lax.cond(at.turn == 0, part(T), later, cache)
+        block, cache = jax.lax.switch(which[at.block], list(map(part, sizes)), cache)
     return block, None, cache
 
 
@@ -448,6 +455,7 @@ def _keys(keys, step, first, width):
 def _candidates(states, head, cfg, schedule, keys):
     """Token, its log-probabilities and its confidence at each position, all [B, K]."""
     B, K = keys.shape
+    banned = sorted({cfg.mask_id, *(schedule.end_ids if schedule.ends == "never" else ())})
 
     def some(given):
         states, keys = given
@@ -457,18 +465,22 @@ def _candidates(states, head, cfg, schedule, keys):
             logits = without + (schedule.guidance + 1) * (with_prompt - without)
         width = logits.shape[1]
         raw = logits.reshape(B * width, -1)
-        banned = (cfg.mask_id, *(schedule.end_ids if schedule.ends == "never" else ()))
-        flat = raw.at[:, jnp.array(banned)].set(-jnp.inf)
+        # Compared and not scattered: XLA copies the logits for a scatter, several times.
+        flat = jnp.where(jnp.isin(jnp.arange(cfg.vocab), jnp.array(banned)), -jnp.inf, raw)
         drawn = schedule.choose.logits(flat)
         token = schedule.choose.pick(drawn, keys.reshape(-1))
-        logp = lambda z: (
-            jnp.take_along_axis(z, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(z, axis=-1)
-        )
-        seen = (drawn if schedule.tempered else flat).reshape(B, width, -1)
-        shaped = lambda x: x.reshape(B, width)
-        confidence = _confidence(schedule, seen, shaped(token))
-        out = dict(token=token, logp=logp(drawn), full=logp(raw))
-        return {**jax.tree.map(shaped, out), "confidence": confidence}
+        pick = lambda z: jnp.take_along_axis(z, token[:, None], axis=1)[:, 0]
+        mass = jax.nn.logsumexp(flat, axis=-1)
+        own = pick(flat) - mass
+        # What is not allowed is a few tokens: no second pass over the vocabulary.
+        rest = jax.nn.logsumexp(raw[:, jnp.array(banned)], axis=-1)
+        logp = own if drawn is flat else pick(drawn) - jax.nn.logsumexp(drawn, axis=-1)
+        of, sure = (drawn, logp) if schedule.tempered else (flat, own)
+        shaped = lambda x: x.reshape(B, width, *x.shape[1:])
+        found = dict(token=token, logp=logp, full=pick(flat) - jnp.logaddexp(mass, rest))
+        found = jax.tree.map(shaped, found)
+        confidence = _confidence(schedule, shaped(of), shaped(sure), found["token"])
+        return {**found, "confidence": confidence}
 
     chunk = max(1, min(K, LOGITS // (len(states) * cfg.vocab)))
     if chunk == K:
@@ -483,13 +495,13 @@ def _candidates(states, head, cfg, schedule, keys):
     return jax.tree.map(join, found)
 
 
-def _confidence(schedule, logits, token):
+def _confidence(schedule, logits, logp, token):
     if schedule.order == "margin":
         found = process.margin(logits, token)
     elif schedule.order == "entropy":
         found = process.negative_entropy(logits, token)
     else:
-        found = process.low_confidence(logits, token)
+        found = jnp.exp(logp)
     if schedule.ends == "last":
         ends = (token[..., None] == jnp.array(schedule.end_ids)).any(axis=-1)
         found = jnp.where(ends, found - _LAST, found)

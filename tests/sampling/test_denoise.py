@@ -256,6 +256,20 @@ def test_caches_change_nothing_where_nothing_is_stale(params, cache, cfg):
     np.testing.assert_array_equal(np.asarray(got.tokens)[first], np.asarray(exact.tokens)[first])
 
 
+def test_a_cache_is_filled_before_it_is_read(params):
+    """Parts that begin with a block are `sample`; one that begins inside a block fills it anew."""
+    schedule = denoise.llada(L, 8, block=4, cache="dual")
+    whole = sample(params, PROMPTS, keys(4), schedule)
+    canvas = denoise.begin(*left(PROMPTS), schedule, CFG)
+    part = functools.partial(denoise.advance, params, CFG, schedule=schedule)
+    halves = part(part(canvas, keys(4), 4), keys(4), 4)
+    np.testing.assert_array_equal(halves.tokens, whole.tokens)
+    for steps in (2, 3, 3):
+        canvas = part(canvas, keys(4), steps)
+    assert int(canvas.whole) == 4
+    assert not np.asarray(canvas.open).any()
+
+
 def test_dual_cache_sees_its_own_block(params):
     """Within a block keys are new: with the whole canvas as one block and nothing stale outside
     but the prompt's states, a model of one layer samples exactly the same."""

@@ -271,6 +271,7 @@ def intra(
     *,
     verification=0.0,
     fluency=0.0,
+    confidence=0.0,
     samples=1,
     log=False,
     cap=100.0,
@@ -280,7 +281,8 @@ def intra(
 ):
     """What MRO's rewards of drafts weigh, and how they become rewards of step groups.
 
-    `verification` and `fluency` are weights; `samples` tokens of a draft are verified, by
+    `verification`, `fluency` and `confidence` (how likely the tokens were that were committed so
+    far) are weights; `samples` tokens of a draft are verified, by
     probability or by its `log`; `cap` and `scale` are the fluency's C and F, read by
     `models.perplexity`. `mode` "endpoint" measures the last draft of a group, "sum" all of them.
     `shaping` adds the difference that a group made to the quality of drafts, in place of the
@@ -289,6 +291,7 @@ def intra(
     return {
         "verification": float(verification),
         "fluency": float(fluency),
+        "confidence": float(confidence),
         "samples": samples,
         "log": log,
         "cap": float(cap),

@@ -143,7 +143,8 @@ class Canvases:
         return [[one(p, p * answers + i) for i in range(answers)] for p in range(len(records))]
 
     def measure(self, params, canvas, group, every, key) -> dict[str, np.ndarray]:
-        """MRO's intra-sequence rewards of the drafts of a step group, unweighted, f32[B] each."""
+        """MRO's intra-sequence rewards of the drafts of a step group, unweighted, f32[B] each; and
+        how sure the model was of what it has committed so far."""
         at, found = self._config.intra, {}
         draft = canvas.drafts[group]
         if at.verification:
@@ -165,6 +166,10 @@ class Canvases:
         if at.fluency:
             nll = np.asarray(self._perplexity(self.texts(draft)), np.float32)
             found["fluency"] = correlation.fluency(nll, cap=at.cap, scale=at.scale)
+        if at.confidence:
+            done = ~canvas.given & (canvas.reveal >= 0) & (canvas.reveal < (group + 1) * every)
+            sure = jnp.where(done, jnp.exp(canvas.full_logps), 0.0).sum(axis=1)
+            found["confidence"] = sure / jnp.maximum(done.sum(axis=1), 1)
         return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
     def weighted(self, found: dict) -> np.ndarray:
@@ -242,12 +247,19 @@ class Steps:
                 f"rollouts.logp_temperature=1; received {at.estimator} and {at.logp_temperature}"
             )
         # What is imitated needs no reward of its own.
-        self.measured = bool(intra.verification or intra.fluency) and not imitates
+        some = intra.verification or intra.fluency or intra.confidence
+        self.measured = bool(some) and not imitates
         self.every = at.every if at.estimator == "steps" else 0
         if at.estimator == "masked" and (self.measured or searches):
             raise ValueError(
-                "rollouts.estimator='masked' learns from whole answers: set intra.verification=0, "
-                "intra.fluency=0 and search.width=0"
+                "rollouts.estimator='masked' learns from whole answers: set the weights of intra "
+                "and search.width to 0"
+            )
+        if self.every and at.threshold:
+            raise ValueError(
+                f"rollouts.threshold={at.threshold} makes trajectories of any number of steps, and "
+                "rollouts.estimator='steps' learns from groups of rollouts.every of them: set it "
+                "to 0"
             )
         if self.every and at.steps % self.every:
             raise ValueError(

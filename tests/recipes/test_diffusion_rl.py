@@ -171,6 +171,7 @@ def test_rows_by_hand():
         (["rollouts.steps=3", "rollouts.block=4", "rollouts.every=1"], "do not divide over 2"),
         (["rollouts.updates=3"], r"rollouts\.updates=3 must divide"),
         (["search.width=2"], "finds trajectories to imitate"),
+        (["rollouts.threshold=0.9"], "trajectories of any number of steps"),
         (["rollouts.importance=token", "rollouts.logp_temperature=0.5"], "compares with what"),
     ],
 )

@@ -34,9 +34,10 @@ def write(path, rows):
     return path
 
 
-def _new(folder, *, seed):
+def new(folder, *, seed, denoiser=False):
     """A random model whose tokenizer has no chat template, so that texts are taken as they are."""
-    export.write_tiny(folder, seed=seed, **SIZES)
+    # A denoiser with a tied head does not get away from the frequencies of tokens at this size.
+    export.write_tiny(folder, seed=seed, denoiser=denoiser, tied=not denoiser, **SIZES)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     settings.pop("chat_template", None)
@@ -50,7 +51,7 @@ def fine_tuned(folder, rows, *, seed, steps, start=None, lr=2e-3, max_len=256, b
     out = folder / "model"
     if out.is_dir():
         return out
-    start = start or _new(folder / "new", seed=seed)
+    start = start or new(folder / "new", seed=seed)
     config = load(
         "sft/chat",
         [

@@ -133,7 +133,22 @@ def main():
             curve = [row["train/rollouts/outcome"] for row in rounds]
             took = round(time.monotonic() - start)
             results.add(variant=name, seed=seed, seconds=took, curve=curve, **found)
+    table(results.rows)
     picture(results.rows, common.HERE / "apr.png")
+
+
+def table(rows):
+    """Prints means over the seeds, the tail of every seed, and the relative cuts of both parts."""
+    columns = ["accuracy", *(f"accuracy/{kind}" for kind in DRAWN), "length", "pre_anchor", "tail"]
+    base = {row["seed"]: row for row in rows if row["variant"] == "base"}
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        some = [row for row in rows if row["variant"] == name]
+        mean = lambda column, some: sum(r[f"heldout/{column}"] for r in some) / len(some)
+        of = [base[row["seed"]] for row in some]
+        cut = [1 - mean(c, some) / mean(c, of) for c in ("tail", "pre_anchor")]
+        cells = [name, *(f"{mean(column, some):.3g}" for column in columns)]
+        seeds = ", ".join(f"{row['heldout/tail']:.0f}" for row in some)
+        print(f"| {' | '.join(cells)} ({seeds}) | {cut[0]:.2f} | {cut[1]:.2f} |")
 
 
 def picture(rows, path):

@@ -60,9 +60,8 @@ def pairs(seed):
 def worked(question, shown=()):
     """The steps of a sum, as the world's traces have them; then whether each result fits."""
     steps, value = world.derivation(question.partition("=")[0])
-    checked = [
-        f"{letter} {x} {'yes' if int(x) == value else 'no'}" for letter, x in zip("AB", shown)
-    ]
+    says = lambda x: "yes" if int(x) == value else "no"
+    checked = [f"{value} {x} {says(x)} {letter}" for letter, x in zip("AB", shown)]
     return "\n".join([steps.partition("answer")[0].strip(), *checked])
 
 

@@ -326,11 +326,14 @@ def test_generate_passes_its_settings(fake):
     assert cli.main(argv) == 0
     more = ["--n", "2", "--temperature", "0", "--max_new", "8", "--seed", "5", "--batch", "16"]
     more += ["--top_k", "5", "--top_p", "0.9", "--min_p", "0.1", "--stop", "a", "--stop", "b c"]
+    more += ["--steps", "4", "--block", "2", "--threshold", "0.9"]
     assert cli.main([*argv, *more]) == 0
     first = {"n": 4, "temperature": 0.8, "max_new": 64, "seed": 0, "batch": 64}
     first |= {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_strings": []}
+    first |= {"steps": 0, "block": 0, "threshold": 0.0}
     second = {"n": 2, "temperature": 0.0, "max_new": 8, "seed": 5, "batch": 16}
     second |= {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "stop_strings": ["a", "b c"]}
+    second |= {"steps": 4, "block": 2, "threshold": 0.9}
     place = (Path("m"), Path("i"), Path("o"))
     assert calls == [("run", place, first), ("run", place, second)]
 

@@ -101,7 +101,7 @@ def test_sigterm_is_passed_on_and_waited_for(tmp_path, capsys):
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved'), sys.exit(0)))\n"
         "time.sleep(100)"
     )
-    stop = "import os, signal, time; time.sleep(1); os.kill(os.getppid(), signal.SIGTERM)"
+    stop = "import os, signal, time; time.sleep(3); os.kill(os.getppid(), signal.SIGTERM)"
     assert launch.supervise(start(tmp_path, save, save, stop)) == 0
     out = capsys.readouterr().out
     assert "[here:0] saved" in out and "[here:1] saved" in out
@@ -109,8 +109,11 @@ def test_sigterm_is_passed_on_and_waited_for(tmp_path, capsys):
 
 def test_what_does_not_end_in_time_is_killed(tmp_path, capsys):
     """Catches a launcher that waits for ever for a process that ignores SIGTERM."""
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)"
-    stop = "import os, signal, time; time.sleep(1); os.kill(os.getppid(), signal.SIGTERM)"
+    ready = f"import os, pathlib, signal, time; ready = pathlib.Path({str(tmp_path / 'ready')!r})\n"
+    deaf = f"{ready}signal.signal(signal.SIGTERM, signal.SIG_IGN); ready.touch(); time.sleep(100)"
+    # Not before the other is deaf: on a busy machine that takes more than a second.
+    wait = f"{ready}while not ready.exists():\n    time.sleep(0.05)\n"
+    stop = f"{wait}os.kill(os.getppid(), signal.SIGTERM)"
     assert launch.supervise(start(tmp_path, deaf, stop), grace=1) == 128 + signal.SIGKILL
     assert "not ended 1 s after SIGTERM" in capsys.readouterr().err
 

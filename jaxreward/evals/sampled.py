@@ -4,13 +4,16 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxreward.core.resolve import keywords, resolve
+from jaxreward.data import sources
 from jaxreward.data.tokenize import Tokenizer
 from jaxreward.evals import pairwise
+from jaxreward.parallel import hosts
 from jaxreward.rewards import anchor
 from jaxreward.rewards.workers import Workers
 from jaxreward.sampling import rollouts
@@ -133,6 +136,36 @@ class Grader:
     def close(self):
         """Ends the worker processes."""
         self._workers.close()
+
+
+def write_answers(workdir, number, records, groups, grades: Grades, rewards, said, *, show: int):
+    """The answers of a round to its first prompts, for people: answers/<number>.jsonl.
+
+    Args:
+      workdir: Of the run. number: Of the round.
+      records, groups, said: Prompts, their answers, and these as text. grades: Of the answers.
+      rewards: What each answer is worth with shaping, [P, G].
+      show: Prompts whose answers are written; 0 writes nothing.
+    """
+    if not hosts.is_writer() or not show:
+        return
+    folder = Path(workdir) / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {
+            "round": number,
+            "id": records[p]["id"],
+            "prompt": records[p]["prompt"],
+            "answer": said[p][i],
+            "reward": float(rewards[p, i]),
+            "parts": {name: float(values[p, i]) for name, values in grades.parts.items()},
+            "tokens": len(answer.tokens),
+            "finished": answer.finished,
+        }
+        for p in range(min(show, len(records)))
+        for i, answer in enumerate(groups[p])
+    ]
+    sources.write_jsonl(folder / f"{number:06d}.jsonl", lines)
 
 
 @dataclasses.dataclass(frozen=True)

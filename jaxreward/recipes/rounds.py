@@ -11,16 +11,15 @@ sampling and updates can overlap:
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxreward.data import judges, sources
+from jaxreward.data import judges
 from jaxreward.data import rollouts as rollout_data
+from jaxreward.evals import sampled
 from jaxreward.models import trainable
-from jaxreward.parallel import hosts
 from jaxreward.recipes.credit import Credit
 
 PyTree = Any
@@ -154,7 +153,9 @@ class Rounds:
         rewards, terms = self._credit.shaped(grades, groups)
         batches, kept = self._credit(params, batches, grades, rewards, groups)
         clock.append(time.monotonic())
-        self._note(records, groups, grades, rewards, said)
+        sampled.write_answers(
+            self._workdir, number, records, groups, grades, rewards, said, show=at.show
+        )
         lengths = [len(answer.tokens) for group in groups for answer in group]
         versions = np.concatenate([answer.version for group in groups for answer in group])
         times = np.diff(clock)
@@ -177,25 +178,3 @@ class Rounds:
         self.metrics = {k: float(v) for k, v in self.metrics.items() if np.isfinite(v)}
         order = np.random.default_rng([self._config.seed, 1, number])
         return [batches[b] for _ in range(at.epochs) for b in order.permutation(at.updates)]
-
-    def _note(self, records, groups, grades, shaped, said):
-        """The answers of a round to its first prompts, for people."""
-        if not hosts.is_writer() or not self._at.show:
-            return
-        folder = Path(self._workdir) / "answers"
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [
-            {
-                "round": self._round,
-                "id": records[p]["id"],
-                "prompt": records[p]["prompt"],
-                "answer": said[p][i],
-                "reward": float(shaped[p, i]),
-                "parts": {name: float(values[p, i]) for name, values in grades.parts.items()},
-                "tokens": len(answer.tokens),
-                "finished": answer.finished,
-            }
-            for p in range(min(self._at.show, len(records)))
-            for i, answer in enumerate(groups[p])
-        ]
-        sources.write_jsonl(folder / f"{self._round:06d}.jsonl", lines)

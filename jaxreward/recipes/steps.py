@@ -10,7 +10,6 @@ those of `recipes.online_rl`.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +18,12 @@ import numpy as np
 
 from jaxreward.core.resolve import keywords, resolve
 from jaxreward.core.types import Trajectory
-from jaxreward.data import judges, sources
+from jaxreward.data import judges
 from jaxreward.data import rollouts as rollout_data
 from jaxreward.diffusion import trajectory
+from jaxreward.evals import sampled
 from jaxreward.models import trainable
 from jaxreward.objectives import steps as step_advantages
-from jaxreward.parallel import hosts
 from jaxreward.recipes import credit
 from jaxreward.rewards import correlation
 from jaxreward.sampling import autoregressive, choose, denoise, drafts, search
@@ -358,7 +357,9 @@ class Steps:
             made = self._of_answers(held, groups, grades)
         batches = [batch for epoch in made for batch in self._finished(params, epoch)]
         clock.append(time.monotonic())
-        self._note(records, groups, grades, said)
+        sampled.write_answers(
+            self._workdir, number, records, groups, grades, grades.reward, said, show=at.show
+        )
         lengths = [len(answer.tokens) for group in groups for answer in group]
         times = np.diff(clock)
         found = {
@@ -471,7 +472,7 @@ class Steps:
         """Most tokens that a step commits: the same in every round, hence one program."""
         at = self._at
         blocks = at.max_new // (at.block or at.max_new)
-        if at.threshold or at.pace == "linear":
+        if at.pace == "linear":
             return at.block or at.max_new
         return -(-(at.block or at.max_new) // (at.steps // blocks))
 
@@ -498,25 +499,3 @@ class Steps:
                 found = self._measure(self._start, self._frozen, rows)
                 batch["ref_logps"] = np.asarray(found.logps)
         return batches
-
-    def _note(self, records, groups, grades, said):
-        """The answers of a round to its first prompts, for people."""
-        if not hosts.is_writer() or not self._at.show:
-            return
-        folder = Path(self._workdir) / "answers"
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [
-            {
-                "round": self._round,
-                "id": records[p]["id"],
-                "prompt": records[p]["prompt"],
-                "answer": said[p][i],
-                "reward": float(grades.reward[p, i]),
-                "parts": {name: float(values[p, i]) for name, values in grades.parts.items()},
-                "tokens": len(answer.tokens),
-                "finished": answer.finished,
-            }
-            for p in range(min(self._at.show, len(records)))
-            for i, answer in enumerate(groups[p])
-        ]
-        sources.write_jsonl(folder / f"{self._round:06d}.jsonl", lines)

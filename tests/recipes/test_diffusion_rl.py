@@ -72,6 +72,12 @@ def test_credit_is_that_of_the_step_groups(built):
     np.testing.assert_allclose(each[:, 3], worth[1] + digits, atol=1e-6)
     np.testing.assert_array_equal(each[:, ::2], each[:, 1::2])
     assert all(w.min() >= 0 and w.max() <= 1 for w in worth)
+    canvases._config, kept = config("mro/rl:smoke", "intra.confidence=1"), canvases._config
+    sure = canvases.measure(joined, canvas, 0, 2, key)["confidence"]
+    canvases._config = kept
+    first = (np.asarray(canvas.reveal) >= 0) & (np.asarray(canvas.reveal) < 2)
+    want = [np.exp(row[at]).mean() for row, at in zip(np.asarray(canvas.full_logps), first)]
+    np.testing.assert_allclose(sure, want, rtol=1e-5)
 
 
 def test_a_round_again_is_the_same_round(built):

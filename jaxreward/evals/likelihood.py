@@ -39,12 +39,7 @@ def answer_logps(
         at,
         softcap=plan.cfg.logit_softcap,
     )
-    of = lambda slots: jnp.take_along_axis(rows.segments, jnp.maximum(slots, 0), axis=1)
-    segment = jnp.where(rows.ends >= 0, of(rows.ends), -1)
-    own = (of(at.slot)[:, None] == segment[:, :, None]) & at.mask[:, None]
-    return -jnp.sum(jnp.where(own, nll[:, None], 0.0), axis=2), jnp.sum(
-        own, axis=2, dtype="float32"
-    )
+    return supervised.answer_logps(-nll, at, rows.segments, rows.ends)
 
 
 def make_predict(

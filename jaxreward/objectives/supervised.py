@@ -238,3 +238,35 @@ def cross_entropy(
     picked = jnp.take_along_axis(states, at.source[..., None], axis=1)
     logps, _ = token_logps(picked, head, at.target, softcap=softcap, chunk=chunk)
     return jnp.where(at.mask, -logps, 0.0)
+
+
+def answer_logps(
+    logps: Float[Array, "B S"],
+    at: Scored,
+    segments: Int[Array, "B T"],
+    ends: Int[Array, "B K"],
+) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
+    """Log-probability of each answer's scored tokens together, and their number.
+
+    .. math:: \\ell(y \\mid x) = \\sum_{t \\in y} \\log p(y_t \\mid x, y_{<t})
+
+    The prompt's tokens, and those of other answers in the row, are in no answer's sum. A token of
+    an answer is one whose slot lies in the segment of the answer's last slot.
+
+    Args:
+      logps: Of the scored tokens, as `token_logps` gives them at `at`. What lies under the mask is
+        not looked at, and gets no gradient.
+      at: From `scored`, of the same rows.
+      segments: As in `Rows`.
+      ends: Slot of the last token of each answer, as in `PairRows`; -1 = no such answer.
+
+    Returns:
+      (sums float32[B, K], counts float32[B, K]); both 0 where there is no answer, and where none
+      of an answer's tokens is scored.
+    """
+    of = lambda slots: jnp.take_along_axis(segments, jnp.maximum(slots, 0), axis=1)
+    # -1 is the segment of no slot.
+    segment = jnp.where(ends >= 0, of(ends), -1)
+    own = (of(at.slot)[:, None] == segment[:, :, None]) & at.mask[:, None]
+    sums = jnp.sum(jnp.where(own, logps[:, None].astype(jnp.float32), 0.0), axis=2)
+    return sums, jnp.sum(own, axis=2, dtype=jnp.float32)

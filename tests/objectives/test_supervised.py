@@ -153,3 +153,32 @@ def test_cross_entropy_is_zero_where_nothing_is_scored():
     assert not np.asarray(loss[0, 2:]).any()
     grad = jax.grad(lambda s: supervised.cross_entropy(s, head, at).sum())(states)
     assert sorted(np.flatnonzero(np.abs(grad[0]).sum(-1))) == [1, 4]
+
+
+ENDS = np.array([[3, 5, 7, -1]], np.int32)  # answers 2 and 3, text 4, none
+
+
+def test_sums_of_answers_by_hand():
+    """Catches tokens of a neighbour or of the prompt, fillers, and an absent answer that counts."""
+    at = supervised.scored(TOKENS, LOSS, SEGMENTS, TRUNK, size=6)
+    logps = np.array([[-1, -2, -4, -8, -16, np.nan]], np.float32)
+    for f in (supervised.answer_logps, jax.jit(supervised.answer_logps)):
+        sums, counts = f(logps, at, SEGMENTS, ENDS)
+        np.testing.assert_array_equal(sums, [[-3, -12, -16, 0]])
+        np.testing.assert_array_equal(counts, [[2, 2, 1, 0]])
+        assert sums.dtype == counts.dtype == np.float32
+    alone = supervised.answer_logps(logps, at, SEGMENTS, ENDS[:, 1:2])
+    np.testing.assert_array_equal(alone[0], [[-12]])
+    short = supervised.answer_logps(jnp.asarray(logps, jnp.bfloat16), at, SEGMENTS, ENDS)
+    assert short[0].dtype == jnp.float32
+
+
+def test_sums_of_answers_have_gradients_at_their_own_tokens_only():
+    """Catches a sum through which other answers, or what lies under the mask, are trained."""
+    at = supervised.scored(TOKENS, LOSS & (SEGMENTS != 2), SEGMENTS, TRUNK, size=6)
+    times = np.array([[5, 2, 3, 7]])
+    total = lambda x: (times * supervised.answer_logps(x, at, SEGMENTS, ENDS)[0]).sum()
+    logps = np.array([[-1, -2, -4, np.nan, np.nan, np.nan]], np.float32)
+    np.testing.assert_array_equal(jax.grad(total)(logps), [[2, 2, 3, 0, 0, 0]])
+    sums, counts = supervised.answer_logps(logps, at, SEGMENTS, ENDS)
+    assert (sums[0, 0], counts[0, 0]) == (0, 0)  # nothing of this answer is supervised

@@ -53,6 +53,8 @@ PARTS = {
     "recipes/sft.py": {"denoisers"},
     "recipes/evaluate.py": {"denoisers"},
     "recipes/steps.py": {"credit"},
+    "recipes/suites.py": {"evaluate", "generate"},
+    "recipes/hypotheses.py": {"evaluate"},
     "recipes/diffusion_rl.py": {"credit", "denoisers", "evaluate", "online_rl", "steps"},
 }
 

@@ -3,7 +3,8 @@
 The policy is the model of `apr.py` that overthinks. The gold reward is that of `anchor.apr`: right,
 less a part for the tail. A reward model learns it from a few pairs of the policy's own answers, and
 the policy is then trained on the reward model's scores alone. Shown are proxy and gold over the
-divergence from the initial policy, and where gold turns. docs/online_rl.md has what was expected.
+divergence from the initial policy, and where gold turns. README.md beside this file has what was
+expected, written before the runs.
 
     python docs/papers/miniature/overoptimisation.py --work runs/overoptimisation [--seeds 0,1,2]
 
@@ -23,8 +24,8 @@ import numpy as np
 from jaxreward.recipes import generate, online_rl, preference
 from jaxreward.rewards import anchor
 
-PAIRS, RM_STEPS, ROUNDS = 192, 60, 120
-GOLD = dict(kind="tokens", lam=0.5, reference=96, grace=0, min_tokens=1)
+PAIRS, RM_STEPS, ROUNDS = 192, 60, 60
+GOLD = dict(kind="tokens", lam=0.9, reference=64, grace=0, min_tokens=1)
 
 
 def gold(record, text):
@@ -101,7 +102,7 @@ def main():
             "accuracy", seed=seed, base=base, folder=folder, train=train, held=held
         )
         config.unlock()
-        config.train.steps = ROUNDS
+        config.train.steps, config.optim.lr = ROUNDS, 2e-4
         config.rollouts.filter = "none"
         config.rewards = dict(
             rm=dict(model=str(scorer), weights=dict(score=1.0)),

@@ -15,13 +15,20 @@ from jaxreward.core.types import TrainState
 from jaxreward.data import hypotheses as data
 from jaxreward.data import sources, tokenize
 from jaxreward.hub import export, load
-from jaxreward.models import decoder, heads
-from jaxreward.parallel import specs as sp
+from jaxreward.models import decoder
 from jaxreward.recipes import evaluate
 from jaxreward.recipes import hypotheses as heal
 from jaxreward.train import checkpoint
 
 PROMPTS = [{"id": i, "prompt": f"What is {i} + 1?", "domain": "math"} for i in range(4)]
+
+
+def altered(folder, source, name="config.json", **changes):
+    """A copy of a model's folder with other entries in one of its JSON files."""
+    shutil.copytree(source, folder)
+    raw = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**raw, **changes}))
+    return folder
 
 
 def grown(folder, source, factor):
@@ -41,7 +48,7 @@ def models(tiny_folder, tmp_path_factory):
     """Folders of two language models, and of a reward model."""
     folder = tmp_path_factory.mktemp("models")
     cfg, weights, _ = load.load(tiny_folder)
-    score = sp.init(heads.specs(heads.SCALAR, cfg.width), jax.random.key(1))
+    score = {"kernel": np.random.default_rng(1).normal(size=(cfg.width, 1)).astype(np.float32)}
     weights = {k: v for k, v in weights.items() if k != "head"}
     return {
         "base": grown(folder / "base", tiny_folder, 3),
@@ -304,11 +311,7 @@ def test_checkpoints_of_a_run_are_a_curve(models, made, workdir, tmp_path):
         assert (row["logp"][0], row["tokens"][0]) == pytest.approx(want, abs=2e-4)
     change = result["metrics"]["run@1"]["rm"]["change"]
     assert change["promotion"] == pytest.approx(0, abs=1e-6)
-    newest = heal.run([workdir], made[0], samples=0)["metrics"]
-    assert set(newest) == {"run", heal.BETWEEN}
-    assert newest["run"]["rm"]["sum"] == {
-        k: v for k, v in result["metrics"]["run@12"]["rm"]["sum"].items() if "_gain" not in k
-    }
+    assert list(heal.language_model(workdir).steps) == [12]  # the newest alone
 
 
 # What does not fit
@@ -320,20 +323,20 @@ def test_models_that_do_not_fit(models, made, tiny_folder, tmp_path):
     with pytest.raises(ValueError, match=r"rm is a reward model; its scores are those of a proxy"):
         heal.run([models["rm"]], made[0])
     with pytest.raises(ValueError, match="is a denoiser"):
-        heal.run([export.write_tiny(tmp_path / "denoiser", denoiser=True)], made[0])
-    other = tmp_path / "other"
-    shutil.copytree(models["base"], other)
-    text = (other / "tokenizer_config.json").read_text()
-    template = json.loads(text)["chat_template"]
-    changed = {**json.loads(text), "chat_template": template.replace("\n", "")}
-    (other / "tokenizer_config.json").write_text(json.dumps(changed))
-    for path in other.glob("chat_template*"):
-        path.write_text(template.replace("\n", ""))
-    with pytest.raises(ValueError, match="make other tokens of set '0'; a reference is the model"):
-        heal.run([other], made[0], reference=models["base"])
-    short = export.write_tiny(tmp_path / "short", max_len=20)
+        made_so = {"mask": "full", "block": 0, "predict_offset": 0, "mask_id": 258}
+        denoiser = altered(tmp_path / "denoiser", models["base"], jaxreward={"denoiser": made_so})
+        heal.run([denoiser], made[0])
+    short = altered(tmp_path / "short", models["base"], max_position_embeddings=20)
     with pytest.raises(ValueError, match=r"tokens with its prompt; .*short reads 20"):
         heal.run([short], made[0])
+    template = testing.CHATML.replace("\n", "")
+    other = altered(
+        tmp_path / "other", models["base"], "tokenizer_config.json", chat_template=template
+    )
+    for path in other.glob("chat_template*"):
+        path.write_text(template)
+    with pytest.raises(ValueError, match="make other tokens of set '0'; a reference is the model"):
+        heal.run([other], made[0], reference=models["base"])
 
 
 def test_requests_that_do_not_fit(models, made, tmp_path):

@@ -387,43 +387,6 @@ def _height(chart: dict) -> float:
     return HEIGHT + 0.2 * (lines - 1)
 
 
-def svg(chart: dict) -> str:
-    """One chart as inline SVG, its colours replaced by the page's CSS variables."""
-    from matplotlib.figure import Figure
-
-    # Colours no palette uses stand for the variables until the text is written.
-    ink = {name: f"#0a0b{i:02x}" for i, name in enumerate(PALETTE["light"])}
-    with style(ink):
-        figure = Figure(figsize=(WIDTH, _height(chart)), layout="constrained", facecolor="none")
-        draw(figure.add_subplot(), chart, ink)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for name, colour in ink.items():
-        text = text.replace(colour, f"var(--{name})")
-    # Inside HTML the namespaces are implied, and matplotlib's style would reach the whole page.
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-    # Ids are unique in a page: keep those that are pointed at, and our own, behind the chart's.
-    pointed = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text))
-    prefix = f"chart-{chart['id']}"
-
-    def renamed(match) -> str:
-        name = match.group(1)
-        return f' id="{prefix}-{name}"' if name in pointed or name.startswith("data-") else ""
-
-    text = re.sub(r' id="([^"]*)"', renamed, text)
-    text = re.sub(r"(xlink:href=\"|url\()#", rf"\1#{prefix}-", text)
-    text = re.sub(r"\s*\n\s*", "\n", text)
-    title = html.escape(f"{chart['title']}. {_spoken(chart)}")
-    box = re.search(r'viewBox="[^"]*"', text).group(0)
-    head = f'<svg class="plot" {box} role="img" aria-labelledby="{prefix}-title">'
-    head += f'<title id="{prefix}-title">{title}</title>'
-    return head + text[text.index(">") + 1 :].strip()
-
-
 def _spoken(chart: dict) -> str:
     """What a chart shows, in words, for those who do not see it."""
     say = words.reader(chart.get("share", False))
@@ -447,3 +410,47 @@ def _spoken(chart: dict) -> str:
     return "; ".join(
         f"{g['count']:,} {g['name']}, mean {words.number(g['mean'])}" for g in chart["groups"]
     )
+
+
+def svg(chart: dict, draw=draw, height=_height, spoken=_spoken) -> str:
+    """One chart as inline SVG, its colours replaced by the page's CSS variables.
+
+    Args:
+        chart: as `collect` gives them, or of another kind with its own of what follows.
+        draw: (axes, chart, colours) draws it.
+        height: chart -> inches.
+        spoken: chart -> what it shows, in words.
+    """
+    from matplotlib.figure import Figure
+
+    # Colours no palette uses stand for the variables until the text is written.
+    ink = {name: f"#0a0b{i:02x}" for i, name in enumerate(PALETTE["light"])}
+    with style(ink):
+        figure = Figure(figsize=(WIDTH, height(chart)), layout="constrained", facecolor="none")
+        draw(figure.add_subplot(), chart, ink)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for name, colour in ink.items():
+        text = text.replace(colour, f"var(--{name})")
+    # Inside HTML the namespaces are implied, and matplotlib's style would reach the whole page.
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    # Ids are unique in a page: keep those that are pointed at, and our own, behind the chart's.
+    pointed = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text))
+    prefix = f"chart-{chart['id']}"
+
+    def renamed(match) -> str:
+        name = match.group(1)
+        return f' id="{prefix}-{name}"' if name in pointed or name.startswith("data-") else ""
+
+    text = re.sub(r' id="([^"]*)"', renamed, text)
+    text = re.sub(r"(xlink:href=\"|url\()#", rf"\1#{prefix}-", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    title = html.escape(f"{chart['title']}. {spoken(chart)}")
+    box = re.search(r'viewBox="[^"]*"', text).group(0)
+    head = f'<svg class="plot" {box} role="img" aria-labelledby="{prefix}-title">'
+    head += f'<title id="{prefix}-title">{title}</title>'
+    return head + text[text.index(">") + 1 :].strip()

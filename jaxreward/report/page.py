@@ -19,7 +19,7 @@ import numpy as np
 from jaxreward import __version__
 from jaxreward.report import charts, folder, words
 
-__all__ = ["picture", "write"]
+__all__ = ["flat", "picture", "render", "replace", "write"]
 
 PROMPTS = 8  # sample prompts shown
 ANSWERS = 8  # answers shown per prompt
@@ -40,22 +40,15 @@ def write(workdir, out=None) -> Path:
     Raises:
         FileNotFoundError: no such folder, or nothing in it to report.
     """
-    import jinja2
     from markupsafe import Markup
 
     run = folder.read(workdir)
     drawn = charts.collect(run)
-    source = resources.files("jaxreward.report").joinpath("page.html.jinja").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     pictures = [chart | {"svg": Markup(charts.svg(chart))} for chart in drawn]
-    blob = json.dumps({"charts": drawn}, allow_nan=False, sort_keys=True, separators=(",", ":"))
-    # "</script>" and "<!--" cannot occur once these are escapes; JSON reads them back unchanged.
-    for character in "<>&":
-        blob = blob.replace(character, f"\\u{ord(character):04x}")
     figures = _headlines(run)
-    text = environment.from_string(source).render(
+    content = render(
+        "page.html.jinja",
+        {"charts": drawn},
         name=run["name"],
         summary=_summary(figures),
         figures=figures[:6],
@@ -66,22 +59,47 @@ def write(workdir, out=None) -> Path:
         samples=[_sample_view(s) for s in run["samples"][:PROMPTS]],
         sample_count=len(run["samples"]),
         rounds=[_round_view(r, i, run["rounds"]) for i, r in enumerate(run["rounds"])],
-        config=_flat(run["config"] or {}),
-        environment=_flat(run["environment"] or {}),
+        config=flat(run["config"] or {}),
+        environment=flat(run["environment"] or {}),
         provenance=_provenance(run),
         files=[(name, f"{size:,}", digest) for name, size, digest in run["files"]],
         notes=run["notes"],
-        palette=charts.PALETTE,
-        version=__version__,
-        blob=Markup(blob),
     )
     out = Path(workdir) / "report.html" if out is None else Path(out)
-    # A lone surrogate in a model's answer has no UTF-8 form; it becomes "?".
-    _replace(out, text.encode("utf-8", "replace"))
+    replace(out, content)
     return out
 
 
-def _replace(path: Path, content: bytes) -> None:
+def render(template: str, data: dict, **values) -> bytes:
+    """Fill a template of this folder.
+
+    Args:
+        template: its file name.
+        data: what its charts draw, which the page embeds as JSON.
+        values: what the template names beside; all text among them is escaped.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    read = lambda name: resources.files("jaxreward.report").joinpath(name).read_text("utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(read),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    blob = json.dumps(data, allow_nan=False, sort_keys=True, separators=(",", ":"))
+    # "</script>" and "<!--" cannot occur once these are escapes; JSON reads them back unchanged.
+    for character in "<>&":
+        blob = blob.replace(character, f"\\u{ord(character):04x}")
+    ours = {"palette": charts.PALETTE, "version": __version__, "blob": Markup(blob)}
+    text = environment.get_template(template).render(**ours, **values)
+    # A lone surrogate in a model's answer has no UTF-8 form; it becomes "?".
+    return text.encode("utf-8", "replace")
+
+
+def replace(path: Path, content: bytes) -> None:
     """Write through a neighbour, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -162,7 +180,7 @@ def _measures(steps: dict) -> list[tuple]:
 
 
 def _evaluation_view(evaluation: dict, pictures: list[dict]) -> dict:
-    view = {"title": words.title(evaluation), "protocol": _flat(evaluation["protocol"])}
+    view = {"title": words.title(evaluation), "protocol": flat(evaluation["protocol"])}
     if "selectors" not in evaluation:
         rows = []
         for m in evaluation["metrics"]:
@@ -191,7 +209,7 @@ def _evaluation_view(evaluation: dict, pictures: list[dict]) -> dict:
     ]
     mine = {f"{evaluation['id']}-{kind}" for kind in ("bars", "paired")}
     shown = [c for c in pictures if c["id"] in mine]
-    view["protocol"] += _flat({k: evaluation[k] for k in ("n", "problems") if k in evaluation})
+    view["protocol"] += flat({k: evaluation[k] for k in ("n", "problems") if k in evaluation})
     heads = {"head": "Selector", "unit": "points" if share else ""}
     return view | heads | {"charts": shown, "rows": rows, "paired": paired}
 
@@ -239,12 +257,12 @@ def _cut(text: str) -> str:
     return f"{text[:TEXT]} […{len(text) - TEXT:,} more characters]"
 
 
-def _flat(tree, prefix: str = "") -> list[tuple[str, str]]:
+def flat(tree, prefix: str = "") -> list[tuple[str, str]]:
     """Rows (dotted key, value in words) of nested JSON; lists stay one value."""
     rows = []
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            rows += _flat(value, f"{prefix}{key}.")
+            rows += flat(value, f"{prefix}{key}.")
         elif isinstance(value, str):
             rows.append((prefix + key, value))
         elif words.is_number(value):
@@ -260,7 +278,7 @@ def _provenance(run: dict) -> list[tuple[str, str]]:
     pins = re.compile(r"sha256|hash|commit|revision|dirty", re.IGNORECASE)
     rows = []
     for origin in ("environment", "config"):
-        for key, value in _flat(run[origin] or {}):
+        for key, value in flat(run[origin] or {}):
             if pins.search(key):
                 rows.append((f"{origin}: {key}", value))
     return rows
@@ -306,5 +324,5 @@ def picture(workdir, out_png) -> Path:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     out_png = Path(out_png)
-    _replace(out_png, buffer.getvalue())
+    replace(out_png, buffer.getvalue())
     return out_png

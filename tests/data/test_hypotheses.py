@@ -104,7 +104,13 @@ def test_sources_are_merged_by_id(tmp_path):
     chosen = [{"role": "assistant", "content": "4"}]
     references = written(
         tmp_path / "r.jsonl",
-        {"id": "b", "prompt": "B", "chosen": chosen, "rejected": [{**chosen[0], "content": "5"}]},
+        {
+            "id": "b",
+            "prompt": "B",
+            "domain": "chat",
+            "chosen": chosen,
+            "rejected": [{**chosen[0], "content": "5"}],
+        },
         {"id": "c", "prompt": "C", "answer": "6"},
     )
     parts = [
@@ -113,7 +119,7 @@ def test_sources_are_merged_by_id(tmp_path):
     ]
     a, b, c = hypotheses.merge(parts)
     assert [x["id"] for x in (a, b, c)] == ["a", "b", "c"]
-    assert (a["domain"], b["domain"]) == ("math", "")
+    assert (a["domain"], b["domain"]) == ("math", "chat")
     assert a["hyps"] == [
         hyp("1", "sft", 0.7, finished=True),
         hyp("2", "sft", 0.7, finished=False),

@@ -258,6 +258,9 @@ def test_forms_of_strength_by_their_definitions():
     assert strength("per_prompt") == pytest.approx(np.mean(rho))
     fisher = np.tanh(np.arctanh(np.clip(rho, -1 + 1e-7, 1 - 1e-7)).mean())
     assert strength("fisher") == pytest.approx(fisher)
+    named = dict(hypothesis.measures(s, r, valid, samples=0))
+    for how in hypothesis.HOW[1:]:
+        assert named[f"strength_{how}"] == pytest.approx(strength(how)), how
     z = [[(a[v] - a[v].mean()) / a[v].std() for a, v in zip(x, valid)] for x in (s, r)]
     assert strength("pooled") == pytest.approx(np.corrcoef(*map(np.concatenate, z))[0, 1])
     pairs = lambda x: np.concatenate([(a[v][:, None] - a[v]).ravel() for a, v in zip(x, valid)])
@@ -339,6 +342,8 @@ def test_changes_of_a_model_that_learnt_and_one_that_is_its_reference():
     assert learnt["repaired"] > 0.2 and learnt["kept_wrong"] < 0.1
     fallen = run(ref + 40 * (rank - 2))
     assert (fallen["captures"], fallen["displaced"], fallen["displacement"]) == (1, 1, 1)
+    risen = run(ref + 40 * (rank + 1))
+    assert (risen["captures"], risen["displaced"], risen["displacement"]) == (0, 0, 0)
     same = run(ref)
     assert same["promotion"] == same["suppression"] == same["captures"] == same["displaced"] == 0
     assert same["repaired"] == same["broken"] == 0

@@ -79,19 +79,25 @@ def train(args):
 
 
 def evaluate(args):
-    """Measure a reward model on pairs or labelled answers; the result is printed as JSON."""
-    _start()
-    from jaxreward.recipes import evaluate
+    """Measure a model on pairs, labelled answers or suites; the result is printed as JSON."""
+    pairs = {"name": args.name, "form": args.form, "corpus": args.corpus}
+    if args.suite:
+        if pairs != {"name": "heldout", "form": "pairs", "corpus": ""}:
+            raise UsageError("--name, --form and --corpus do not go with --suite")
+    elif args.limit or args.by != "score":
+        raise UsageError("--limit and --by go with --suite")
+    _start(alone="evaluate --by judge" if args.by == "judge" else "")
+    if args.suite:
+        from jaxreward.recipes import suites
 
-    result = evaluate.evaluate(
-        args.model,
-        args.data,
-        output=args.output,
-        name=args.name,
-        form=args.form,
-        corpus=args.corpus,
-        **_batch(args),
-    )
+        how = {"limit": args.limit, "by": args.by} | _batch(args)
+        result = suites.run(args.model, args.suite.split(","), args.data, args.output, **how)
+    else:
+        from jaxreward.recipes import evaluate
+
+        result = evaluate.evaluate(
+            args.model, args.data, output=args.output, **pairs, **_batch(args)
+        )
     if result is not None and _writes():
         # float: numbers of NumPy are not known to json.
         print(json.dumps(result, indent=2, sort_keys=True, default=float))
@@ -240,9 +246,12 @@ def _flags(command, add):
     if command == "evaluate":
         add("--model", type=Path, required=True, metavar="DIR", help="workdir or exported folder")
         add("--data", type=Path, required=True, metavar="FILE", help="pairs: JSON Lines, Parquet")
+        add("--suite", metavar="A,B", help="public suites: docs/evaluation.md; --data is a folder")
+        add("--limit", type=_positive, metavar="N", help="first items of each suite")
+        add("--by", default="score", choices=["score", "likelihood", "judge"], help="of a suite")
         add("--form", default="pairs", choices=["pairs", "points"], help="default: %(default)s")
         add("--corpus", default="", metavar="NAME", help="rows of another form: NAME[,key=value]")
-        add("--output", type=Path, metavar="FILE.json", help="also write the result there")
+        add("--output", "--out", type=Path, metavar="FILE.json", help="also write the result there")
         add("--name", default="heldout", help="name of the result (default: %(default)s)")
         add("--batch", type=_positive, metavar="N", help="rows at a time")
     if command == "score":

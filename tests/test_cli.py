@@ -302,6 +302,33 @@ def test_evaluate_prints_the_result_as_json(fake, capsys):
     assert calls == [("evaluate", (Path("m"), Path("d.jsonl")), kwargs)]
 
 
+def test_evaluate_on_suites(fake, capsys):
+    """Catches suites that are measured as a file of pairs, and flags that are dropped."""
+    calls = fake("recipes.suites", run={"suites": {}})
+    argv = ["evaluate", "--model", "m", "--suite", "hhh,rm_bench", "--data", "d"]
+    assert cli.main([*argv, "--out", "o.json", "--limit", "5", "--batch", "2"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"suites": {}}
+    assert cli.main([*argv, "--by", "likelihood"]) == 0
+    names = ["hhh", "rm_bench"]
+    assert calls == [
+        (
+            "run",
+            (Path("m"), names, Path("d"), Path("o.json")),
+            {"limit": 5, "by": "score", "batch": 2},
+        ),
+        ("run", (Path("m"), names, Path("d"), None), {"limit": None, "by": "likelihood"}),
+    ]
+    capsys.readouterr()
+    for more, said in (
+        ([*argv, "--form", "points"], "do not go with --suite"),
+        ([*argv, "--name", "x"], "do not go with --suite"),
+        ([*argv[:3], "--data", "d", "--limit", "5"], "--limit and --by go with --suite"),
+    ):
+        assert cli.main(more) == 2
+        assert said in capsys.readouterr().err
+    assert len(calls) == 2
+
+
 def test_score_through_pipes_leaves_standard_output_to_the_scores(fake, capsys):
     """Catches "-" taken for a file name, and a line of ours between the scores."""
     calls = fake("recipes.evaluate", score=lambda *a, **k: print('{"score": 1}'))

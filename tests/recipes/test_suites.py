@@ -1,0 +1,182 @@
+"""Public suites end to end: files in, one JSON with the protocol and one line an item out."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxreward.data import sources, tokenize
+from jaxreward.hub import export, load
+from jaxreward.models import heads, trainable
+from jaxreward.recipes import evaluate, suites
+
+HHH = [
+    {"idx": i, "dimension": name, "prompt": f"Q{i}?", "chosen": "Yes " * i, "rejected": "no"}
+    for i, name in enumerate(("helpful", "honest", "harmless", "other"), start=1)
+]
+PANDA = {"idx": 1, "instruction": "Do.", "input": "", "response1": "a", "response2": "b"}
+PANDA |= {f"annotator{i}": 1 for i in (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with three suites; PandaLM has a row with a boolean, RM-Bench one domain."""
+    folder = tmp_path_factory.mktemp("suites")
+    sources.write_jsonl(folder / "hhh.jsonl", HHH)
+    broken = {**PANDA, "idx": 2, "response1": False}
+    sources.write_jsonl(folder / "pandalm.jsonl", [PANDA, broken])
+    styles = {"id": 1, "prompt": "Q", "chosen": ["a", "ab", "abc"], "rejected": ["b", "ba", "bac"]}
+    sources.write_jsonl(folder / "rm_bench.jsonl", [{**styles, "domain": "chat"}])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_folder, tmp_path_factory):
+    """A reward model of three outputs, as a folder."""
+    cfg, params, _ = load.load(tiny_folder)
+    head = heads.Config("scores", ("a", "b", "c"), weights=(1.0, -2.0, 0.5))
+    plan = trainable.Plan(cfg, "all", head=head)
+    whole, score = trainable.join(plan, *trainable.init(plan, params, jax.random.key(1)))
+    out = tmp_path_factory.mktemp("scorer") / "model"
+    kw = {"source": tiny_folder, "score": score, "head": head, "about": "Toy."}
+    return export.write(out, cfg, whole, **kw)
+
+
+@pytest.fixture(scope="module")
+def model(scorer):
+    """The reward model, loaded once for all tests."""
+    return evaluate.load_model(scorer, batch=2)
+
+
+@pytest.fixture
+def loaded(scorer, model, monkeypatch):
+    """Has the recipe take `model` where it loads the folder."""
+    take = {(scorer, 2): model}
+    monkeypatch.setattr(suites.evaluate, "load_model", lambda folder, batch: take[folder, batch])
+    return scorer
+
+
+def lines(out):
+    return [row for _, row in sources.read_jsonl(out.with_suffix(".items.jsonl"))]
+
+
+def test_scores_are_rewards_and_the_protocol_stands_beside_them(loaded, model, data, tmp_path):
+    """Catches outputs compared in place of rewards, items in another order, facts left out."""
+    out = tmp_path / "new" / "result.json"
+    with pytest.warns(UserWarning, match="skipped 1 of 2 rows: response1: must be str"):
+        got = suites.run(loaded, ["hhh", "pandalm"], data, out, batch=2)
+    assert json.loads(out.read_text()) == got
+    rows = lines(out)
+    assert [(row["suite"], row["id"]) for row in rows] == [
+        *(("hhh", str(i)) for i in range(1, 5)),
+        ("pandalm", "1"),
+    ]
+    assert rows[4]["labels"] == [1, 1, 1] and rows[0]["right"] == [0]
+    trees = [
+        tokenize.encode_tree(model.tokenizer, r["prompt"], [r["chosen"], r["rejected"]])
+        for r in HHH
+    ]
+    want = np.array(model.predict(trees))
+    np.testing.assert_allclose([row["scores"] for row in rows[:4]], want, atol=1e-5)
+    metrics = got["suites"]["hhh"]["metrics"]
+    assert metrics["accuracy"]["value"] == np.mean(want[:, 0] > want[:, 1])
+    assert metrics["items"] == got["suites"]["hhh"]["items"] == 4
+    facts = got["protocol"]
+    assert (facts["template"], facts["truncation"], facts["limit"]) == ("chat", "none", None)
+    assert facts["compute"] == "float32" and facts["weights"] == [1.0, -2.0, 0.5]
+    assert facts["order"] == "each answer alone" and facts["by"].startswith("score:")
+    assert facts["model_sha256"] == load.content_hash(loaded)
+    (file,) = got["suites"]["pandalm"]["files"]
+    assert file["sha256"] == sources.data_hash(data / "pandalm.jsonl")
+    assert sum(got["suites"]["pandalm"]["skipped"].values()) == 1
+    assert got["suites"]["hhh"]["longest"] == max(
+        len(t.prompt) + max(map(len, t.answers)) for t in trees
+    )
+
+
+def test_a_missing_part_needs_a_limit(loaded, data):
+    """Catches RM-Bench's number from one domain, and a limit that is ignored."""
+    with pytest.raises(ValueError, match="rm_bench lacks code, math"):
+        suites.run(loaded, ["hhh", "rm_bench"], data)
+    got = suites.run(loaded, ["hhh"], data, limit=2, batch=2)["suites"]["hhh"]
+    assert got["items"] == 2 and got["metrics"]["missing"] == ["harmless", "other"]
+    assert (
+        set(got["metrics"]) >= {"accuracy", "helpful", "honest"} and "macro" not in got["metrics"]
+    )
+
+
+def test_a_language_model_is_measured_by_likelihood(tiny_folder, data, tmp_path):
+    """Against transformers, one answer at a time: catches a sum for a mean, a prompt counted."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "lm.json"
+    got = suites.run(tiny_folder, ["hhh"], data, out, by="likelihood")
+    assert got["protocol"]["by"].startswith("likelihood: mean log-probability a token")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    tokenizer = tokenize.load_tokenizer(tiny_folder)
+    for row, record in zip(lines(out), HHH, strict=True):
+        for score, answer in zip(row["scores"], (record["chosen"], record["rejected"])):
+            text = tokenize.encode_conversation(tokenizer, record["prompt"], answer)
+            with torch.no_grad():
+                logits = model(torch.tensor([text.tokens])).logits[0]
+            logps = torch.log_softmax(logits[:-1], -1).numpy()
+            where = np.flatnonzero(text.loss_mask)
+            want = np.mean([logps[t - 1, text.tokens[t]] for t in where])
+            assert score == pytest.approx(want, abs=1e-4)
+
+
+def test_a_judge_is_asked_in_both_orders(tiny_folder, data, tmp_path, monkeypatch):
+    """Catches verdicts under another pair, an order that is lost, and letters not swapped back."""
+    with pytest.raises(ValueError, match="every question to the judge is longer than the 256"):
+        suites.run(tiny_folder, ["hhh"], data, tmp_path / "o.json", by="judge")
+    folder = shutil.copytree(tiny_folder, tmp_path / "judge")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    asked = []
+
+    def answer(model, source, out, **kw):
+        rows = [row for _, row in sources.read_jsonl(source)]
+        asked.extend(rows)
+        # Right about harmless and honest, always A elsewhere, and nothing about "other".
+        said = {"honest": None, "harmless": None, "helpful": "A", "other": "neither"}
+        texts = [said[row["subset"]] or row["label"] for row in rows]
+        full = lambda text: f"<think>So.</think><answer>{text}</answer>"
+        sources.write_jsonl(out, [{"answers": [{"text": full(t)}]} for t in texts])
+
+    monkeypatch.setattr(suites.generate, "run", answer)
+    out = tmp_path / "judge.json"
+    got = suites.run(folder, ["hhh"], data, out, by="judge")
+    assert len(asked) == 8 and {row["label"] for row in asked} == {"A", "B"}
+    metrics = got["suites"]["hhh"]["metrics"]
+    value = lambda name: metrics[name]["value"]
+    assert value("pair_accuracy/macro") == 0.5 and value("pair_accuracy/honest") == 1
+    assert value("single_accuracy/helpful") == 0.5 and value("consistency/helpful") == 0
+    assert value("unparseable") == 0.25
+    assert [row["verdicts"] for row in lines(out)] == [
+        [[0], [1]],
+        [[0], [0]],
+        [[0], [0]],
+        [[-1], [-1]],
+    ]
+    assert got["protocol"]["order"] == "both"
+    assert (tmp_path / "judge.hhh.asked.jsonl").is_file()
+
+
+def test_what_does_not_fit_is_said_before_a_model_is_loaded(tiny_folder, data, tmp_path):
+    """Catches an hour of scoring that ends in a usage error."""
+    none = tmp_path / "no_model"
+    for error, text, args, kw in (
+        (KeyError, "no suite 'hh'", (["hh"], data), {}),
+        (ValueError, "different suites", (["hhh", "hhh"], data), {}),
+        (ValueError, "is one file and 2 suites", (["hhh", "rmb"], data / "hhh.jsonl"), {}),
+        (ValueError, "by must be one of score", (["hhh"], data), {"by": "vote"}),
+        (ValueError, "kept beside the result", (["hhh"], data), {"by": "judge"}),
+        (FileNotFoundError, "no files of the suite rmb", (["rmb"], data), {}),
+    ):
+        with pytest.raises(error, match=text):
+            suites.run(none, *args, **kw)
+    with pytest.raises(ValueError, match="no score head"):
+        suites.run(tiny_folder, ["hhh"], data / "hhh.jsonl")

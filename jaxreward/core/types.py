@@ -84,6 +84,8 @@ class PairRows(Rows):
         known. None where the data have no such numbers.
       answer_weight: Weight of an answer's targets, float32[B, K]; 0 where there are none. None
         with `targets`.
+      ref_logps: Log-probability of each answer by a reference policy, float32[B, K]; 0 where there
+        is no answer. None without a reference.
     """
 
     ends: Int[Array, "B K"] = None
@@ -93,6 +95,7 @@ class PairRows(Rows):
     scores: Float[Array, "B N 2"] | None = None
     targets: Float[Array, "B K C"] | None = None
     answer_weight: Float[Array, "B K"] | None = None
+    ref_logps: Float[Array, "B K"] | None = None
 
     def validate(self):
         """As `Rows.validate`, and that ends and pairs point at something real."""
@@ -134,6 +137,11 @@ class PairRows(Rows):
             raise ValueError(
                 f"PairRows.targets and answer_weight must both be None, or [B, K, C] and [B, K] "
                 f"with ends {self.ends.shape}; received {shapes[0]} and {shapes[1]}"
+            )
+        if self.ref_logps is not None and self.ref_logps.shape != self.ends.shape:
+            raise ValueError(
+                f"PairRows.ref_logps {self.ref_logps.shape} must have the shape of ends, "
+                f"{self.ends.shape}"
             )
         if not _concrete(self.ends, self.pairs, self.weight):
             return self

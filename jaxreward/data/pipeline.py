@@ -128,6 +128,22 @@ def widths(trees, plan):
     )
 
 
+def most_supervised(trees, plan, *, multiple=64):
+    """The most supervised tokens of a row of a plan, rounded up: few sizes, hence few programs.
+
+    Args:
+      trees: list of Tree.
+      plan: From `pack`.
+      multiple: Of which the result is one.
+
+    Returns:
+      int.
+    """
+    counts = [sum(int(np.sum(loss)) for loss in tree.loss) for tree in trees]
+    most = max([1, *(sum(counts[i] for i in row) for row in plan)])
+    return multiple * math.ceil(most / multiple)
+
+
 def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
     """Lays the trees of one row out as arrays: the fields of `PairRows` without the batch axis.
 
@@ -145,11 +161,12 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
       dict of tokens i32[T], mask bool[T], loss_mask bool[T], positions i32[T, 1], segments
       i32[T], trunk i32[T], ends i32[K] (-1 = none), pairs i32[N, 2] (-1 = none), margin f32[N],
       weight f32[N], scores f32[N, 2] (NaN = the pair has none), index i32[K, 2]: (tree, answer) of
-      each answer, -1 = none; if the trees carry them, features [T, D] in their own dtype, and
-      targets f32[K, C] (NaN = not known) with answer_weight f32[K] (0 = no answer, or no targets).
+      each answer, -1 = none; if the trees carry them, features [T, D] in their own dtype,
+      targets f32[K, C] (NaN = not known) with answer_weight f32[K] (0 = no answer, or no targets),
+      and ref_logps f32[K] (0 = no answer).
 
     Raises:
-      ValueError: if the row does not fit, or only some of the trees carry features.
+      ValueError: if the row does not fit, or only some of the trees carry features or ref_logps.
     """
     T, K, N = row_len, answers_per_row, pairs_per_row
     members = [trees[i] for i in plan_row]
@@ -175,16 +192,21 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
         "index": np.full((K, 2), -1, np.int32),
     }
     # Looked up over all trees, so that an empty row has features where the others have them.
-    carrier = next((tree for tree in trees if tree.features is not None), None)
-    if carrier is not None:
-        without = [tree.id for tree in members if tree.features is None]
+    for name in ("features", "ref_logps"):
+        carrier = next((tree for tree in trees if getattr(tree, name) is not None), None)
+        if carrier is None:
+            continue
+        without = [tree.id for tree in members if getattr(tree, name) is None]
         if without:
             raise ValueError(
-                f"tree {without[0]!r} carries no features and tree {carrier.id!r} does; "
+                f"tree {without[0]!r} carries no {name} and tree {carrier.id!r} does; "
                 "compute them for all trees or for none"
             )
-        like = carrier.features[-1]
-        row["features"] = np.zeros((T, like.shape[-1]), like.dtype)
+        if name == "ref_logps":
+            row[name] = np.zeros(K, np.float32)
+        else:
+            like = carrier.features[-1]
+            row[name] = np.zeros((T, like.shape[-1]), like.dtype)
     aimed = next((tree for tree in trees if tree.targets), None)
     if aimed is not None:
         row["targets"] = np.full((K, len(aimed.targets[0])), math.nan, np.float32)
@@ -220,6 +242,8 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
             if tree.targets:
                 row["targets"][answer] = tree.targets[j]
                 row["answer_weight"][answer] = tree.answer_weight[j]
+            if tree.ref_logps is not None:
+                row["ref_logps"][answer] = tree.ref_logps[j]
             answer += 1
         scored = tree.scores or [None] * len(tree.pairs)
         for (chosen, rejected), margin, weight, scores in zip(

@@ -235,6 +235,7 @@ class Tree:
       answer_weight: Weight of each answer with targets, list of float.
       subset: Part of the data it belongs to, or None.
       features: Inputs of the first trained layer, [float[Tp, D], float[T0, D], …], or None.
+      ref_logps: Log-probability of each answer by a reference policy, float32[answers], or None.
       truncated: Prompt tokens dropped, over all answers.
     """
 
@@ -250,6 +251,7 @@ class Tree:
     answer_weight: list = dataclasses.field(default_factory=list)
     subset: str | None = None
     features: list | None = None
+    ref_logps: np.ndarray | None = None
     truncated: int = 0
 
     @property

@@ -3,7 +3,11 @@
 Packing, batching and padding happen here; a score depends on its text alone.
 """
 
+import hashlib
+import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +21,7 @@ from jaxreward.models import heads, trainable
 from jaxreward.parallel import hosts
 from jaxreward.parallel.rules import Rules
 
+log = logging.getLogger(__name__)
 PyTree = Any
 FIELDS = (
     "tokens",
@@ -31,7 +36,7 @@ FIELDS = (
     "weight",
     "scores",
 )
-SOMETIMES = ("features", "targets", "answer_weight")
+SOMETIMES = ("features", "targets", "answer_weight", "ref_logps")
 
 
 def pair_rows(batch: dict, rules: Rules | None = None) -> PairRows:
@@ -167,6 +172,52 @@ def _scatter(out, index, values):
     for b, k in np.argwhere(index[..., 0] >= 0):
         tree, answer = index[b, k]
         out[tree][answer] = values[b, k]
+
+
+def fingerprint(trees: list[Tree], *also: Any) -> str:
+    """Names what is computed from these trees, by their tokens and what else it depends on.
+
+    Args:
+      trees: Their tokens, and which of them are supervised.
+      *also: Such as the content hash of the weights and the dtype.
+
+    Returns:
+      16 hex digits.
+    """
+    digest = hashlib.sha256(" ".join(map(str, also)).encode())
+    for tree in trees:
+        for part in (tree.prompt, *tree.answers, *tree.loss):
+            digest.update(np.asarray(len(part), np.int64).tobytes() + part.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def kept(path: str | Path, shape: tuple, dtype: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` gives, read from `path` if an earlier start left it there, else made and written.
+
+    Either all processes make it or none does, since each may have a part in it; the file appears
+    whole or not at all. One of another shape is said and made again.
+
+    Args:
+      path: A .npy file, whose name says what is in it (`fingerprint`).
+      shape, dtype: Of the array. NumPy's files know bfloat16 by its bytes only.
+      make: Called without arguments.
+    """
+    path, found = Path(path), None
+    if path.is_file():
+        found = np.load(path, allow_pickle=False).view(dtype)
+        if found.shape != shape:
+            log.warning("%s does not fit the data and is computed again", path)
+            found = None
+    if hosts.all_true(found is not None):
+        return found
+    found = make()
+    if hosts.is_writer():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            np.save(file, found, allow_pickle=False)
+        os.replace(partial, path)
+    return found
 
 
 def cache_features(

@@ -10,10 +10,8 @@ divided by a weight counted on the whole batch.
 
 import dataclasses
 import functools
-import hashlib
 import inspect
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -220,22 +218,10 @@ def load_data(config, tokenizer) -> tuple[list, list, dict]:
 def _cached(plan, frozen, train, held, source_hash, config, workdir, where):
     """The trees with `features`, computed or read back from the workdir."""
     every = [*train, *held]
-    digest = hashlib.sha256(f"{source_hash} {plan.cut} {plan.cfg.compute}".encode())
-    for tree in every:
-        for part in (tree.prompt, *tree.answers):
-            digest.update(np.asarray(len(part), np.int64).tobytes() + part.tobytes())
-    folder = Path(workdir) / "features"
-    path = folder / f"{digest.hexdigest()[:16]}.npy"
     lengths = [len(part) for tree in every for part in (tree.prompt, *tree.answers)]
-    flat = None
-    if path.is_file():
-        # A file of NumPy does not know bfloat16 by name, only its bytes.
-        flat = np.load(path, allow_pickle=False).view(plan.cfg.compute)
-        if flat.shape != (sum(lengths), plan.cfg.width):
-            log.warning("%s does not fit the data and is computed again", path)
-            flat = None
-    # All processes run the frozen layers, or none does: each has its part of every batch.
-    if not hosts.all_true(flat is not None):
+    name = scorer.fingerprint(every, source_hash, plan.cut, plan.cfg.compute)
+
+    def make():
         began = time.monotonic()
         progress = None
 
@@ -251,14 +237,15 @@ def _cached(plan, frozen, train, held, source_hash, config, workdir, where):
             plan, frozen, every, rules=where, batch=config.data.eval_batch, progress=show
         )
         progress.close()
-        flat = np.concatenate([np.asarray(x) for parts in made for x in parts])
-        if hosts.is_writer():
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as file:
-                np.save(file, flat, allow_pickle=False)
-            os.replace(partial, path)
         log.info("frozen layers ran once in %s", writers.duration(time.monotonic() - began))
+        return np.concatenate([np.asarray(x) for parts in made for x in parts])
+
+    flat = scorer.kept(
+        Path(workdir) / "features" / f"{name}.npy",
+        (sum(lengths), plan.cfg.width),
+        plan.cfg.compute,
+        make,
+    )
     cuts = np.split(flat, np.cumsum(lengths)[:-1])
     out, at = [], 0
     for tree in every:

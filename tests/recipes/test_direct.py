@@ -1,0 +1,315 @@
+"""Policies straight from preferences at toy size: the loss is the formula, whatever the layout;
+the reference runs once or not at all; KTO's estimate is of the whole batch; a run learns and is
+exported."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxreward import cli, presets
+from jaxreward.core import metrics as m
+from jaxreward.core.types import TrainState
+from jaxreward.data import pairs as pair_data
+from jaxreward.data import pipeline, sources, tokenize
+from jaxreward.evals import likelihood, scorer
+from jaxreward.hub import load
+from jaxreward.models import trainable
+from jaxreward.parallel import mesh
+from jaxreward.recipes import direct
+from jaxreward.train import step
+
+
+def config(folder, words="smoke", *overrides):
+    """A smoke config, from a model that is already there; nothing is computed twice in what is
+    compiled."""
+    fixed = [f"models.policy.init=hf:{folder}", "train.remat=none"]
+    return presets.load(f"direct/dpo:{words}", [*fixed, *overrides])
+
+
+def no_mesh(patch):
+    """Everything on one device, until the patch is undone."""
+    real = mesh.make_mesh
+    patch.setattr(mesh, "make_mesh", lambda sizes=None: real(sizes, devices=jax.devices()[:1]))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    no_mesh(monkeypatch)
+
+
+def steps(built, count):
+    """(state, metrics of each step, batches), without the loop."""
+    now, out, rows = built.state, [], []
+    for _ in range(count):
+        rows.append(built.to_device(next(built.batches)))
+        now, metrics = built.step(now, built.frozen, rows[-1])
+        out.append(m.results(metrics))
+    return now, out, rows
+
+
+# The loss and its gradient
+
+
+def referred(trees):
+    """Trees with a made-up reference that differs from answer to answer."""
+    made = lambda tree: np.array([-1.7 * len(x) - x[0] % 7 for x in tree.answers], np.float32)
+    return [dataclasses.replace(tree, ref_logps=made(tree)) for tree in trees]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_folder, pairs_file):
+    """(plan, parameters, records, trees in which pairs share prompts, the losses, a gradient)."""
+    cfg, weights, _ = load.load(tiny_folder)
+    plan = trainable.Plan(dataclasses.replace(cfg, remat="none"), "all", head=None)
+    params, _ = trainable.init(plan, weights, jax.random.key(0))
+    records, _ = sources.read_pairs(pairs_file)
+    tokenizer = tokenize.load_tokenizer(tiny_folder)
+    together, _ = pair_data.encode_pairs(tokenizer, records)
+    apart = [pair_data.encode_pairs(tokenizer, [record])[0][0] for record in records]
+    made = presets.load("direct/dpo:ipo", ["losses.lm.coef=0.5"])
+    losses = direct.read_losses(made.losses)
+    run = direct.make_loss(plan, losses)
+
+    def gradient(trees, row_len, parts=1, change=lambda rows: rows):
+        packed = pipeline.pack(trees, row_len=row_len)
+        rows = len(packed) + len(packed) % 2
+        batch = next(pipeline.batches(trees, row_len=row_len, batch=rows, seed=0, plan=packed))
+        slope = jax.jit(step.make_gradient(*run, parts))
+        got = slope(params, {}, change(scorer.pair_rows(batch)), jax.random.key(0), {})
+        return len(packed), jax.device_get(got[:2])
+
+    return plan, params, referred(together), referred(apart), gradient
+
+
+def test_the_loss_is_the_formula_and_layout_changes_nothing(base):
+    """Catches pairs that take each other's answers or references, the mean of rows or of trees, a
+    weight that does not count, and the wrong answer in the auxiliary term; a denominator per row
+    or microbatch, neighbours that are seen, and a shared prompt that gives other log-probs than the
+    pair by itself."""
+    plan, params, together, apart, gradient = base
+    found = likelihood.make_predict(plan)(params, {}, together)
+    total = weight = 0.0
+    for tree, values in zip(together, found, strict=True):
+        (logps, count), ref = values.T.astype(np.float64), tree.ref_logps
+        for (a, b), w in zip(tree.pairs, tree.weight, strict=True):
+            gap = (logps[a] - ref[a]) / count[a] - (logps[b] - ref[b]) / count[b]
+            total += w * ((gap - 1 / 0.2) ** 2 + 0.5 * -logps[a] / count[a])
+            weight += w
+    assert weight == 20 * 1.25  # of `pairs_file`
+    assert len(together) == len(apart) / 2
+    rows, one = gradient(apart, max(tree.size for tree in apart))
+    np.testing.assert_allclose(one[1], total / weight, rtol=1e-5)
+    packed, other = gradient(together, 256, parts=2)
+    assert packed < rows / 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), one, other)
+
+
+def test_pairs_without_weight_give_nothing(base):
+    """Catches 0 times NaN: no gradient from pairs of weight 0 whatever their reference is."""
+    _, _, trees, _, gradient = base
+    nothing = lambda rows: rows.replace(
+        weight=0 * rows.weight, ref_logps=jnp.full_like(rows.ref_logps, jnp.inf)
+    )
+    _, (grads, value) = gradient(trees, 256, parts=2, change=nothing)
+    assert value == 0
+    assert all(not np.any(x) for x in jax.tree.leaves(grads))
+
+
+# The reference
+
+
+def test_the_reference_is_the_initial_model_and_runs_once(
+    tiny_folder, tmp_path, one_device, monkeypatch
+):
+    """Catches a reference of other answers, of held-out trees only, one that is computed again at
+    every start, and one that adapters change."""
+    made = config(tiny_folder)
+    built = direct.build(made, tmp_path)
+    (path,) = (tmp_path / "reference").iterdir()
+    stamp = path.stat().st_mtime_ns
+    trees = built.train + built.heldout
+    want = likelihood.make_predict(built.plan, rules=built.rules)(
+        built.state.params, built.frozen, trees
+    )
+    for tree, values in zip(trees, want, strict=True):
+        np.testing.assert_allclose(tree.ref_logps, values[:, 0], atol=1e-4)
+    never = lambda *_, **__: pytest.fail("the reference is computed again")
+    monkeypatch.setattr(direct.likelihood, "make_predict", never)
+    lora = ("models.policy.train=lora", "models.policy.lora_rank=2")
+    for again in (made, config(tiny_folder, "smoke", *lora)):
+        other = direct.build(again, tmp_path)
+        for one, two in zip(trees, other.train + other.heldout, strict=True):
+            np.testing.assert_array_equal(one.ref_logps, two.ref_logps)
+    assert path.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("words", ["simpo", "orpo", "cpo"])
+def test_without_a_reference_none_is_computed(
+    words, tiny_folder, tmp_path, one_device, monkeypatch
+):
+    """Catches a forward pass of the whole data set for losses that do not ask for it."""
+    monkeypatch.setattr(direct.likelihood, "make_predict", lambda *_, **__: pytest.fail("computed"))
+    built = direct.build(config(tiny_folder, f"{words},smoke"), tmp_path)
+    assert not (tmp_path / "reference").exists()
+    assert built.to_device(next(built.batches)).ref_logps is None
+
+
+# KTO
+
+
+def test_the_estimate_is_over_answers_to_other_prompts(base):
+    """Catches an estimate on a prompt's own answers, strangers that count as one of them, one of a
+    microbatch, one below 0, and one that is not in front of the step."""
+    plan, params, trees, _, _ = base
+    more = direct.with_strangers([dataclasses.replace(x, ref_logps=None) for x in trees])
+    for i, (tree, other) in enumerate(zip(trees, more, strict=True)):
+        *own, stranger = other.answers
+        jax.tree.map(np.testing.assert_array_equal, own, tree.answers)
+        assert any(np.array_equal(stranger, x) for x in trees[i - 1].answers)
+        assert other.loss[-1].any() and other.pairs == tree.pairs
+    found = [x[:, 0] for x in likelihood.make_predict(plan)(params, {}, more)]
+    # Own answers are far from the reference, strangers are 1.5 or so above it.
+    made = lambda x, i: np.array([*(x[:-1] + 99.0), x[-1] - 1.5 - i % 3], np.float32)
+    more = [
+        dataclasses.replace(tree, ref_logps=made(x, i))
+        for i, (tree, x) in enumerate(zip(more, found, strict=True))
+    ]
+    want = np.mean([1.5 + i % 3 for i in range(len(more))])
+    rows = scorer.pair_rows(next(pipeline.batches(more, row_len=256, batch=12, seed=0)))
+    assert int(direct._strangers(rows).sum()) == len(more)
+    seen = lambda state, frozen, rows: (state, frozen)
+    measure = direct.with_kl(seen, plan, None, size=256, parts=2)
+    state = TrainState(jnp.int32(0), params, (), {}, jax.random.key(0))
+    copied = jax.tree.map(jnp.copy, state)
+    _, frozen = measure(copied, {"policy": {}}, rows)
+    assert frozen["policy"] == {} and float(frozen["kl"]) == pytest.approx(want, abs=1e-4)
+    _, frozen = measure(state, {}, rows.replace(ref_logps=rows.ref_logps + 9.0))
+    assert frozen["kl"] == 0
+    with pytest.raises(ValueError, match=r"one\s+prompt only"):
+        direct.with_strangers(trees[:1])
+
+
+def unpaired(folder, workdir, count, **sizes):
+    """Steps of KTO on single answers, from a reference below the initial model."""
+    made = config(folder, "kto,unpaired,smoke", "optim.lr=1e-2", "train.steps=8")
+    made.train.microbatches = 2 if sizes else 1
+    made.mesh.update(sizes)
+    real = direct._referred
+    lower = lambda trees: [dataclasses.replace(t, ref_logps=t.ref_logps - 1.0) for t in trees]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "_referred", lambda *args: lower(real(*args)))
+        built = direct.build(made, workdir)
+    return built, *steps(built, count)
+
+
+def test_answers_with_labels_on_any_mesh(tiny_folder, tmp_path):
+    """Catches labels the wrong way round, strangers that are learnt from, an estimate that depends
+    on devices or microbatches, and an evaluation that cannot read rewards of single answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        no_mesh(patch)
+        built, now, one, rows = unpaired(tiny_folder, tmp_path, 8)
+        evals = built.evaluate(now)
+    assert one[0]["kl"] == pytest.approx(1.0, abs=1e-4)
+    assert one[0]["loss"] == pytest.approx(0.5, abs=1e-4)  # all are 1 above the reference, as z is
+    assert one[-1]["loss"] < 0.45 and evals["heldout/auroc"] > 0.9
+    assert one[-1]["reward/chosen"] > one[-1]["reward/rejected"]
+    assert "accuracy" not in one[0]
+    count = int(np.sum(np.asarray(rows[0].answer_weight)))
+    assert np.sum(np.asarray(rows[0].ends) >= 0) == 2 * count  # as many strangers
+    _, other, two, _ = unpaired(tiny_folder, tmp_path, 2, data=2, fsdp=2)
+    assert len(other.params["model"]["embed"]["table"].devices()) == 4
+    assert two[0] == pytest.approx(one[0], rel=1e-3, abs=2e-4)
+    # Adam divides by the size of a gradient: rounding of the smallest ones grows.
+    assert two[1] == pytest.approx(one[1], rel=2e-2, abs=2e-3)
+
+
+# Runs
+
+
+def test_a_run_learns_and_is_exported(tiny_folder, tmp_path, one_device):
+    """Catches a flipped sign, a reference that is not that of the start, an evaluation by another
+    reward than training has, and an export of the initial model."""
+    workdir, out = tmp_path / "run", tmp_path / "model"
+    flags = {
+        "models.policy.init": f"hf:{tiny_folder}",
+        "optim.lr": "3e-3",
+        "train.steps": 12,
+        "train.save_every": 12,
+        "train.eval_every": 12,
+        "train.remat": "none",
+    }
+    flags = [f"--config.{k}={v}" for k, v in flags.items()]
+    argv = ["train", "--config", "direct/dpo:smoke", "--workdir", str(workdir), "--debug", *flags]
+    assert cli.main(argv) == 0
+    text = (workdir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    first, last, after = lines[0], lines[-2], lines[-1]
+    assert first["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    for key in ("margin", "reward/chosen", "reward/rejected"):
+        assert first[f"train/{key}"] == pytest.approx(0.0, abs=1e-4)
+    assert first["train/logps/chosen"] < -10
+    assert last["train/loss"] < 0.5 and last["train/accuracy"] > 0.9
+    margin = last["train/reward/chosen"] - last["train/reward/rejected"]
+    assert last["train/margin"] == pytest.approx(margin, abs=1e-4)
+    assert after["eval/heldout/accuracy"] > 0.9 and after["eval/heldout/loss"] < 0.6
+
+    assert cli.main(["export", "--model", str(workdir), "--out", str(out), "--debug"]) == 0
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["architectures"] == ["LlamaForCausalLM"]
+    (_, new, score), (_, old, _) = load.load(out), load.load(tiny_folder)
+    assert score is None
+    assert np.abs(new["embed"]["table"] - old["embed"]["table"]).max() > 1e-3
+
+
+# What can be wrong
+
+
+def mine(chosen_logps, rejected_logps, *, temperature):
+    """A loss that asks for what nobody gives."""
+
+
+def test_losses_that_do_not_fit_are_named():
+    """Catches a fault that is told by a traceback of the first step."""
+    entry = lambda **kw: dict(coef=1.0, **kw)
+    with pytest.raises(
+        ValueError, match=r"losses\.a: .*mine takes temperature.*gives chosen_logps"
+    ):
+        direct.read_losses({"a": entry(fn=f"{__name__}:mine")})
+    with pytest.raises(ValueError, match=r"no loss that compares answers"):
+        direct.read_losses({"a": entry(fn="direct.nll"), "b": dict(fn="direct.dpo", coef=0.0)})
+    with pytest.raises(ValueError, match=r"dpo does not take gamma"):
+        direct.read_losses({"a": entry(fn="direct.dpo", gamma=1.0)})
+    made = presets.load("direct/dpo:smoke", ["data.form=points"])
+    with pytest.raises(ValueError, match=r"losses\.policy: dpo is a loss of pairs"):
+        direct.load_data(made, direct.read_losses(made.losses), None)
+    made.data.form = "lines"
+    with pytest.raises(ValueError, match=r"'pairs' or 'points'; received 'lines'"):
+        direct.load_data(made, direct.read_losses(made.losses), None)
+
+
+def test_words_that_do_not_go_together_are_refused():
+    """Catches the last word winning without a word."""
+    for words in ("ipo,kto", "unpaired", "simpo,unpaired"):
+        with pytest.raises(ValueError, match=r"one of ipo, hinge.*at a time, and unpaired with"):
+            presets.load(f"direct/dpo:{words}")
+
+
+def test_data_and_models_that_do_not_fit_are_named(tiny_folder, tmp_path):
+    """Catches pairs without a rejected answer, labels that are no labels, and a reward model as the
+    policy."""
+    lone = tmp_path / "lone.jsonl"
+    sources.write_jsonl(lone, [{"prompt": "a", "chosen": "b"}] * 2)
+    with pytest.raises(ValueError, match=r"lone\.jsonl:1:rejected"):
+        direct.build(config(tiny_folder, "smoke", f"data.path={lone}"), tmp_path)
+    graded = tmp_path / "graded.jsonl"
+    points = [{"prompt": f"{i}", "answer": "b", "label": 0.5} for i in range(4)]
+    sources.write_jsonl(graded, points)
+    flags = [f"data.path={graded}", "data.eval_fraction=0.3"]
+    with pytest.raises(ValueError, match=r"label must be true or false .*; received 0\.5"):
+        direct.build(config(tiny_folder, "kto,unpaired,smoke", *flags), tmp_path)
+    with pytest.raises(ValueError, match=r"language model needs .*head='lm'; received .*'scalar'"):
+        direct.build(config(tiny_folder, "simpo,smoke", "models.policy.head=scalar"), tmp_path)

@@ -49,29 +49,28 @@ def representation(
     return jax.lax.stop_gradient(masked.pick(states, rows.ends).astype(jnp.float32))
 
 
-def extract(
-    plan: trainable.Plan,
-    params: PyTree,
-    frozen: PyTree,
-    trees: list[Tree],
-    *,
-    rules: Rules | None = None,
-    batch: int = 8,
-) -> np.ndarray:
-    """States of all answers, float32[M, D], in the order of the trees.
+def make_extract(
+    plan: trainable.Plan, *, rules: Rules | None = None, batch: int = 8
+) -> Callable[[PyTree, PyTree, list[Tree]], np.ndarray]:
+    """A function (params, frozen, trees) -> states of all answers, float32[M, D], in the order of
+    the trees.
 
     Rows, compilations and the mesh as `scorer.over_trees` says.
 
     Args:
-      plan, params, frozen: The model. trees: The answers. rules, batch: Mesh, rows at a time.
+      plan: The model. rules, batch: Mesh, and rows at a time.
     """
 
     def measure(params, frozen, rows):
         return representation(plan, params, frozen, rows, rules=rules)
 
     run = scorer.over_trees(measure, plan.cfg.width, rules=rules, batch=batch)
-    found = run(params, frozen, trees)
-    return np.concatenate(found) if found else np.zeros((0, plan.cfg.width), np.float32)
+
+    def extract(params, frozen, trees):
+        found = run(params, frozen, trees)
+        return np.concatenate(found) if found else np.zeros((0, plan.cfg.width), np.float32)
+
+    return extract
 
 
 def cached(
@@ -242,7 +241,7 @@ def probe(
     noise with the mean and spread of the states. Both stay near the majority class.
 
     Args:
-      states: float32[M, D], from `extract`.
+      states: float32[M, D], from `make_extract`.
       tasks: By name. classes: Of every task.
       mode: "paper" or "strong". seeds: Fits of each probe. lrs, l2: Settings of the two modes.
       held_out: Share of the training prompts that choose l2.

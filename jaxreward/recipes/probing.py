@@ -164,20 +164,12 @@ def run(
     )
     weights, folder = model_hash(model), Path(out).parent / "states"
 
+    extract = probing.make_extract(loaded.plan, rules=rules.on_mesh(), batch=batch)
+    named = f"{weights} {loaded.plan.cfg.compute}"
+
     def states_of(trees):
-        return probing.cached(
-            folder,
-            trees,
-            lambda: probing.extract(
-                loaded.plan,
-                loaded.params,
-                loaded.frozen,
-                trees,
-                rules=rules.on_mesh(),
-                batch=batch,
-            ),
-            model=f"{weights} {loaded.plan.cfg.compute}",
-        )
+        compute = lambda: extract(loaded.params, loaded.frozen, trees)
+        return probing.cached(folder, trees, compute, model=named)
 
     began = time.monotonic()
     states = states_of(trees)

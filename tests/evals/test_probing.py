@@ -45,7 +45,7 @@ def test_states_are_those_of_each_text_alone_at_its_last_token(model):
     """Catches a state of padding, of a neighbour, or of the token before the last."""
     plan, params, frozen = model
     some = trees((9, (4, 7)), (0, (5,)), (30, (20, 1)))
-    got = probing.extract(plan, params, frozen, some)
+    got = probing.make_extract(plan)(params, frozen, some)
     assert got.shape == (5, 32) and got.dtype == np.float32
     texts = [np.concatenate([t.prompt, a]) for t in some for a in t.answers]
     length = 64
@@ -143,6 +143,16 @@ def test_what_is_linear_is_found(measured):
     majority = np.bincount(tasks["free"].test_labels).max() / (N // 2)
     assert found["free"]["majority"] == pytest.approx(majority)
     assert found["majority"] == pytest.approx((majority + known["majority"]) / 2)
+
+
+def test_separable_classes_are_told_apart_without_error(states):
+    """Catches a bias that is lost: without one, classes on one side of the origin stay mixed."""
+    h, labels = states
+    apart = (h * 0.1 + 5 * np.eye(D, dtype=np.float32)[labels] + 7).astype(np.float32)
+    tasks = {"one": task(apart, labels), "two": task(apart, labels[::-1].copy())}
+    found = probing.probe(apart, tasks, classes=3, seeds=2, l2=(1e-3, 1.0))
+    assert found["one"]["accuracy"]["value"] == found["one"]["balanced_accuracy"] == 1.0
+    assert found["one"]["accuracy"]["low"] == found["one"]["auroc"] == 1.0
 
 
 def test_controls_stay_near_the_majority(measured):

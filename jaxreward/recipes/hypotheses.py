@@ -9,6 +9,7 @@ The sets are made once and shared by all models, so that numbers of models may b
 measured is in `evals.hypothesis`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from jaxreward.recipes import evaluate
 from jaxreward.train import checkpoint
 
 BETWEEN = "between proxies"
+ROOM = 4096  # tokens of a row that holds more than one answer
 PyTree = Any
 
 
@@ -201,7 +203,8 @@ def _not_a_language_model(model):
 
 def _checkpoints(workdir, newest, every):
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        last, folder = checkpoints.latest(), checkpoints.folder
+        # Of the newest that is whole, whose parameters these are.
+        last, folder = checkpoints.meta()["step"], checkpoints.folder
     steps = {last: lambda: newest}
     if not every:
         return steps
@@ -244,8 +247,29 @@ def encode(language: Language, records: Sequence[dict], *, template: str) -> lis
 
 def _likelihoods(language, params, trees):
     """(log-probability, tokens) of every hypothesis, lists of float64[n]."""
-    found = [x.astype(np.float64) for x in language.predict(params, language.frozen, trees)]
-    return [x[:, 0] for x in found], [x[:, 1] for x in found]
+    parts = [cut(tree) for tree in trees]
+    found = iter(language.predict(params, language.frozen, [p for part in parts for p in part]))
+    whole = [np.concatenate([next(found) for _ in part]).astype(np.float64) for part in parts]
+    return [x[:, 0] for x in whole], [x[:, 1] for x in whole]
+
+
+def cut(tree: tokenize.Tree, *, room: int = ROOM) -> list[tokenize.Tree]:
+    """A tree as trees of at most `room` tokens, each with the whole prompt and at least one answer:
+    sets of many long answers would make rows that no memory holds."""
+    members: list[list[int]] = []
+    left = 0
+    for i, answer in enumerate(tree.answers):
+        if not members or len(answer) > left:
+            members.append([])
+            left = room - len(tree.prompt)
+        members[-1].append(i)
+        left -= len(answer)
+    return [
+        dataclasses.replace(
+            tree, answers=[tree.answers[i] for i in some], loss=[tree.loss[i] for i in some]
+        )
+        for some in members
+    ]
 
 
 # Measuring

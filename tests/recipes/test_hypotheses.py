@@ -216,6 +216,19 @@ def test_likelihoods_are_those_of_a_loop_over_tokens(models, made, measured):
         assert tuned["reference"] == base["logp"] != tuned["logp"]
 
 
+def test_large_sets_are_cut_into_rows_that_fit():
+    """Catches an answer that is lost, doubled or moved at a cut, a row that is too long, and a
+    prompt that is left behind; an answer longer than a row stands alone."""
+    answers = [np.arange(n, dtype=np.int32) for n in (3, 4, 9, 1, 1, 2)]
+    tree = tokenize.Tree("1", np.arange(2), answers, [x > 0 for x in answers])
+    parts = heal.cut(tree, room=9)
+    assert [[len(x) for x in part.answers] for part in parts] == [[3, 4], [9], [1, 1, 2]]
+    for part in parts:
+        np.testing.assert_array_equal(part.prompt, tree.prompt)
+        assert all(np.array_equal(a > 0, loss) for a, loss in zip(part.answers, part.loss))
+    assert [len(part.answers) for part in heal.cut(tree)] == [6]
+
+
 # Measuring
 
 

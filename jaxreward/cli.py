@@ -203,11 +203,20 @@ def verify(args):
 
 
 def report(args):
-    """Write one HTML page about a run: curves, evaluations, samples, config."""
-    from jaxreward.report import page
-
+    """Write one HTML page: about a run, or of several models' results side by side."""
+    if bool(args.workdir) == bool(args.compare):
+        raise UsageError("give --workdir DIR or --compare FILE.json ..., one of them")
+    if args.compare and not args.out:
+        raise UsageError("--compare needs --out FILE.html")
     out = args.out or args.workdir / "report.html"
-    page.write(args.workdir, out)
+    if args.compare:
+        from jaxreward.report import compare
+
+        compare.write(args.compare, out)
+    else:
+        from jaxreward.report import page
+
+        page.write(args.workdir, out)
     print(f"wrote {out}")
 
 
@@ -306,7 +315,8 @@ def _flags(command, add):
         add("--limit", type=_positive, default=32, help="pairs at most (default: %(default)s)")
         add("--template", default="auto", help="auto, chat or plain (default: %(default)s)")
     if command == "report":
-        add("--workdir", type=Path, required=True, metavar="DIR", help="workdir of a run")
+        add("--workdir", type=Path, metavar="DIR", help="workdir of a run")
+        add("--compare", nargs="+", type=Path, metavar="FILE.json", help="results of evaluations")
         add("--out", type=Path, metavar="FILE", help="default: report.html in the workdir")
     add(
         "--log_level",

@@ -392,6 +392,21 @@ def test_export_and_report_call_theirs(fake, capsys):
     ]
 
 
+def test_report_compares_results(fake, capsys):
+    """Catches one file of several, and a workdir that is dropped in silence."""
+    calls = fake("report.compare", write=None)
+    files = ["a.json", "b.json"]
+    assert cli.main(["report", "--compare", *files, "--out", "p.html"]) == 0
+    assert calls == [("write", ([Path(x) for x in files], Path("p.html")), {})]
+    for more, said in (
+        (["--compare", "a.json"], "--compare needs --out"),
+        (["--compare", "a.json", "--workdir", "w", "--out", "p.html"], "one of them"),
+        ([], "give --workdir DIR or --compare"),
+    ):
+        assert cli.main(["report", *more]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_distributed_start_comes_first_and_only_when_asked(fake, monkeypatch, tmp_path, capsys):
     """Catches processes that train alone, and a laptop that waits for a coordinator."""
     import jax

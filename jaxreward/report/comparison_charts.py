@@ -38,9 +38,13 @@ def collect(run: dict) -> tuple[list[dict], list[dict]]:
         less b, with `adjusted` after Holm over all of the page and `sure` where it is below 0.05.
     """
     collectors = {"suite": _suite, "hypotheses": _hypotheses}
-    places = {name: i for i, name in enumerate(run["models"])}
+    places: dict[str, int] = {}
     drawn, compared = [], []
     for part in run["parts"]:
+        # A model keeps its colour; one that is new takes the first that is free in its part.
+        taken = {places[model] for model in part["entries"] if model in places}
+        free = (place for place in itertools.count() if place not in taken)
+        places |= {model: next(free) for model in part["entries"] if model not in places}
         found, pairs = collectors.get(part["kind"], _plain)(part, places)
         drawn += [chart | {"part": part["id"]} for chart in found]
         compared += [pair | {"part": part["id"]} for pair in pairs]
@@ -156,7 +160,7 @@ def _suite(part: dict, places: dict) -> tuple[list[dict], list[dict]]:
             values[model] = {key: value for key, value in each.items() if value is not None}
         rows = [row for row in entry["items"].values() if "scores" in row]
         found += _distributions(model, rows) + _calibration(model, rows, entry["scored"])
-    return found, _pairs(values, "items won")
+    return found, _pairs(values, "comparisons won")
 
 
 def _distributions(model: str, rows: list[dict]) -> list[dict]:
@@ -331,7 +335,8 @@ def _draw_grouped(ax, chart: dict, ink: dict) -> None:
                 line.set_gid(f"data-whisker-{i}-{s}")
             ends += bounds
             at = (max(0, *bounds) if value["value"] >= 0 else max(0, bounds[-1]), y)
-            text = ax.annotate(say(value["value"]), at, xytext=(5, 0), textcoords="offset points")
+            said = say(float(f"{value['value']:.4f}"))
+            text = ax.annotate(said, at, xytext=(5, 0), textcoords="offset points")
             text.set(va="center", annotation_clip=False)
     for i, row in enumerate(rows if chart["reference"] else ()):
         at = row["reference"]

@@ -252,7 +252,7 @@ def test_charts_hold_what_the_files_say(finished):
 def test_significance_is_marked_and_said(finished):
     """Catches a mark on an undecided difference, and a comparison over other items."""
     _, text, values = finished
-    (suite,) = [pair for pair in values["comparisons"] if pair["measure"] == "items won"]
+    (suite,) = [pair for pair in values["comparisons"] if pair["measure"] == "comparisons won"]
     assert (suite["a"], suite["b"], suite["items"]) == ("large", "small", 120)
     assert suite["sure"] and suite["low"] > 0 and suite["adjusted"] == 2 * suite["p"]
     (heal,) = [pair for pair in values["comparisons"] if "ranking accuracy" in pair["measure"]]

@@ -16,6 +16,7 @@ import numpy as np
 from jaxreward.data import repeats
 
 WORDS = 13  # of a run: what GPT-3's authors called an overlap (arXiv:2005.14165, appendix C)
+THRESHOLD = 0.5  # ours
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _ANSWERS = ("chosen", "rejected", "completion", "answer")
 
@@ -59,46 +60,58 @@ def share(text: str, known: np.ndarray, n: int = WORDS) -> float:
     return float(np.mean(known[at] == mine)) if len(known) else 0.0
 
 
-def seen(records, items, *, n: int = WORDS, threshold: float = 0.5) -> dict[str, np.ndarray]:
-    """Which items stand in training data.
+class Training:
+    """Training data, to be asked which items stand in it.
 
     Args:
-      records: Training data, as the readers of `data.sources` make them: dicts with prompt, and
-        answers under chosen, rejected, completion or answer.
-      items: dicts with prompt, a str or messages.
-      n: Words of a run. threshold: Least share of an item's runs, in (0, 1].
-
-    Returns:
-      dict of exact bool[N], ngram bool[N], share float64[N] (NaN where a prompt is too short) and
-      any bool[N].
+      records: As the readers of `data.sources` make them: dicts with prompt, and answers under
+        chosen, rejected, completion or answer.
+      n: Words of a run.
 
     Raises:
-      ValueError: for an n below 1 or another threshold.
+      ValueError: for an n below 1.
     """
-    if n < 1 or not 0 < threshold <= 1:
-        raise ValueError(
-            f"overlap needs n >= 1 and a threshold in (0, 1]; received {n}, {threshold}"
-        )
-    prompts, texts = set(), []
-    for record in records:
-        parts = [record["prompt"], *(record[side] for side in _ANSWERS if side in record)]
-        said = [repeats.said(part) for part in parts if isinstance(part, str | list)]
-        prompts.add(repeats.normalised(said[0]))
-        texts += said
-    prompts.discard("")
-    known = index(texts, n)
-    asked = [repeats.said(item["prompt"]) for item in items]
-    exact = np.array([repeats.normalised(text) in prompts for text in asked], bool)
-    shares = np.array([share(text, known, n) for text in asked], np.float64)
-    ngram = np.nan_to_num(shares, nan=0.0) >= threshold
-    return {"exact": exact, "ngram": ngram, "share": shares, "any": exact | ngram}
+
+    def __init__(self, records, *, n: int = WORDS):
+        if n < 1:
+            raise ValueError(f"a run has at least one word; received n = {n}")
+        self.n, self._prompts, texts = n, set(), []
+        for record in records:
+            parts = [record["prompt"], *(record[side] for side in _ANSWERS if side in record)]
+            said = [repeats.said(part) for part in parts if isinstance(part, str | list)]
+            self._prompts.add(repeats.normalised(said[0]))
+            texts += said
+        self._prompts.discard("")  # nothing but punctuation says nothing
+        self._runs = index(texts, n)
+
+    def seen(self, items, *, threshold: float = THRESHOLD) -> dict[str, np.ndarray]:
+        """Which items stand in the data.
+
+        Args:
+          items: dicts with prompt, a str or messages.
+          threshold: Least share of an item's runs, in (0, 1].
+
+        Returns:
+          dict of exact bool[N], ngram bool[N], share float64[N] (NaN where a prompt is too short)
+          and any bool[N].
+
+        Raises:
+          ValueError: for another threshold.
+        """
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold must be a share in (0, 1]; received {threshold}")
+        asked = [repeats.said(item["prompt"]) for item in items]
+        exact = np.array([repeats.normalised(text) in self._prompts for text in asked], bool)
+        shares = np.array([share(text, self._runs, self.n) for text in asked], np.float64)
+        ngram = np.nan_to_num(shares, nan=0.0) >= threshold
+        return {"exact": exact, "ngram": ngram, "share": shares, "any": exact | ngram}
 
 
 def report(found: dict[str, np.ndarray], subsets) -> dict[str, dict[str, int]]:
     """Counts by subset: {subset: {items, exact, ngram, any, short}}, and under "" for all.
 
     Args:
-      found: From `seen`.
+      found: From `Training.seen`.
       subsets: Of each item, str[N].
     """
     subsets = np.asarray(list(subsets), np.str_)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxreward.core import provenance
-from jaxreward.data import judges, sources, tokenize
+from jaxreward.data import inspection, judges, sources, tokenize
+from jaxreward.data import overlap as seen_in
 from jaxreward.data.corpora import suites
 from jaxreward.evals import judges as judged
 from jaxreward.evals import likelihood, reward_bench
@@ -37,6 +38,7 @@ def run(
     batch: int = 8,
     by: str = "score",
     max_new: int = 256,
+    overlap: str | Path | None = None,
 ) -> dict:
     """Measures a model on public suites.
 
@@ -54,10 +56,12 @@ def run(
       limit: The first so many items of each suite.
       batch: Rows that run at a time.
       by: One of `BY`. max_new: Most tokens of a judge's answer.
+      overlap: A file of training data: of every suite the items that stand in it are counted
+        (`data.overlap`), and the metrics are given without them too.
 
     Returns:
       {"model", "protocol", "environment", "suites": {name: {"metrics", "items", "skipped", "files",
-      and of scores how many items are longer than the model knows}}} as written.
+      of scores how many items are longer than the model knows, and "overlap"}}} as written.
 
     Raises:
       KeyError, FileNotFoundError, ValueError: saying what does not fit, before anything is scored
@@ -81,17 +85,17 @@ def run(
     read = {name: suites.read(name, data, on_bad="skip", limit=limit) for name in names}
     for name, (items, _) in read.items():
         reward_bench.check(name, items, partial=partial)
+    known = None if overlap is None else seen_in.Training(_training(overlap))
     ask = {"score": _rewards, "likelihood": _likelihoods, "judge": _verdicts}[by]
     respond, protocol = ask(model, batch, out, max_new)
     found, lines = {}, []
     for name, (items, report) in read.items():
         items, values, extra = respond(name, items)
-        if by == "judge":
-            metrics = reward_bench.from_verdicts(name, items, values, partial=partial)
-            lines += _judged_lines(name, items, values)
-        else:
-            metrics = reward_bench.measure(name, items, values, partial=partial)
-            lines += _scored_lines(name, items, values)
+        measure = reward_bench.from_verdicts if by == "judge" else reward_bench.measure
+        metrics = measure(name, items, values, partial=partial)
+        lines += (_judged_lines if by == "judge" else _scored_lines)(name, items, values)
+        if known is not None:
+            extra["overlap"] = _overlap(name, items, values, known, measure)
         skipped = {**report["skipped"], **extra.pop("skipped")}
         files = [{"path": f, "sha256": sources.data_hash(f)} for f in report["files"]]
         found[name] = {
@@ -109,6 +113,7 @@ def run(
             "by": f"{by}: {BY[by]}",
             "equal scores": "lost; shared in reward_bench_2; a tie in pandalm",
             "limit": limit,
+            **({} if known is None else {"overlap": _facts(overlap)}),
             "intervals": "95 %, prompts resampled 2000 times",
         },
         "environment": provenance.environment(),
@@ -118,6 +123,37 @@ def run(
         evaluate.write_json(out, result)
         sources.write_jsonl(Path(out).with_suffix(".items.jsonl"), lines)
     return result
+
+
+def _training(path):
+    """The records of a file of training data, whatever form it has."""
+    kind, _ = inspection.kind_of(path)
+    return inspection.read(path, kind)[0]
+
+
+def _facts(path):
+    how = (
+        f"prompts equal after normalisation, or {seen_in.THRESHOLD:g} of their runs of "
+        f"{seen_in.WORDS} words in prompts or answers of the file"
+    )
+    return {"path": str(path), "sha256": sources.data_hash(path), "how": how}
+
+
+def _overlap(name, items, values, known, measure):
+    """Items of a suite that stand in training data by subset, and the metrics without them."""
+    found = known.seen(items)
+    kept = [item for item, out in zip(items, found["any"]) if not out]
+    each = [1] * len(items)
+    if measure is reward_bench.from_verdicts:
+        each = [len(reward_bench.comparisons(name, [item])) for item in items]
+    left = np.repeat(~found["any"], each)
+    rest = [value for value, stays in zip(values, left, strict=True) if stays]
+    if measure is reward_bench.from_verdicts:
+        rest = np.asarray(rest)
+    return {
+        "subsets": seen_in.report(found, [item["subset"] for item in items]),
+        "without": measure(name, kept, rest, partial=True) if kept else None,
+    }
 
 
 def _scored_lines(name, items, values):

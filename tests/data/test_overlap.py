@@ -45,16 +45,18 @@ def test_a_prompt_is_found_whole_by_runs_or_not_at_all():
         {"prompt": "What is 2 + 3?"},  # a short one that is new
         {"prompt": " ".join(reversed(LONG.split()))},
     ]
-    found = overlap.seen(records, items)
+    found = overlap.Training(records).seen(items)
     assert found["exact"].tolist() == [True, False, True, False, False]
     assert found["ngram"].tolist() == [False, True, True, False, False]
     assert found["any"].tolist() == [True, True, True, False, False]
     np.testing.assert_allclose(found["share"], [np.nan, 3 / 5, 1, np.nan, 0])
-    assert not overlap.seen(records, items, threshold=0.7)["ngram"][1]
+    assert not overlap.Training(records).seen(items, threshold=0.7)["ngram"][1]
 
 
 def test_report_counts_by_subset():
-    found = overlap.seen([record(LONG)], [{"prompt": LONG}, {"prompt": "new"}, {"prompt": "old"}])
+    found = overlap.Training([record(LONG)]).seen(
+        [{"prompt": LONG}, {"prompt": "new"}, {"prompt": "old"}]
+    )
     assert overlap.report(found, ["a", "a", "b"]) == {
         "": dict(items=3, exact=1, ngram=1, any=1, short=2),
         "a": dict(items=2, exact=1, ngram=1, any=1, short=1),
@@ -65,13 +67,15 @@ def test_report_counts_by_subset():
 
 
 def test_nothing_to_compare_with():
-    found = overlap.seen([], [{"prompt": LONG}])
+    found = overlap.Training([]).seen([{"prompt": LONG}])
     assert found["share"].tolist() == [0.0] and not found["any"].any()
     # A prompt of punctuation alone says nothing, and is equal to nothing.
-    assert not overlap.seen([record("...")], [{"prompt": "!?"}])["exact"].any()
+    assert not overlap.Training([record("...")]).seen([{"prompt": "!?"}])["exact"].any()
 
 
-@pytest.mark.parametrize("kw", [dict(n=0), dict(threshold=0.0), dict(threshold=1.5)])
-def test_settings_that_mean_nothing_are_refused(kw):
-    with pytest.raises(ValueError, match="n >= 1 and a threshold"):
-        overlap.seen([], [], **kw)
+def test_settings_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="at least one word; received n = 0"):
+        overlap.Training([], n=0)
+    for threshold in (0.0, 1.5):
+        with pytest.raises(ValueError, match="a share in"):
+            overlap.Training([]).seen([], threshold=threshold)

@@ -180,3 +180,42 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(tiny_folder, data, t
             suites.run(none, *args, **kw)
     with pytest.raises(ValueError, match="no score head"):
         suites.run(tiny_folder, ["hhh"], data / "hhh.jsonl")
+
+
+def test_items_of_the_training_data_are_counted_and_left_out(loaded, data, tmp_path):
+    """Catches an overlap of other items than those measured, metrics that keep what was seen."""
+    pairs = [{"prompt": "q1", "chosen": "a", "rejected": "b"}, dict(HHH[3], id="x")]
+    path = tmp_path / "train.jsonl"
+    sources.write_jsonl(path, pairs)
+    got = suites.run(loaded, ["hhh"], data, batch=2, overlap=path)
+    found = got["suites"]["hhh"]["overlap"]
+    assert got["protocol"]["overlap"]["sha256"] == sources.data_hash(path)
+    assert found["subsets"][""] == dict(items=4, exact=2, ngram=0, any=2, short=4)
+    assert found["subsets"]["other"]["any"] == found["subsets"]["helpful"]["any"] == 1
+    # The two that are left: their accuracy is what all four give less the two that were seen.
+    rest = [HHH[1], HHH[2]]
+    sources.write_jsonl(tmp_path / "rest.jsonl", rest)
+    alone = suites.run(loaded, ["hhh"], tmp_path / "rest.jsonl", batch=2, limit=9)["suites"]["hhh"]
+    assert found["without"] == alone["metrics"]
+    sources.write_jsonl(path, HHH)
+    assert (
+        suites.run(loaded, ["hhh"], data, batch=2, overlap=path)["suites"]["hhh"]["overlap"][
+            "without"
+        ]
+        is None
+    )
+
+
+def test_verdicts_of_seen_items_are_left_out_with_all_their_comparisons():
+    """Catches verdicts that are cut by items where an item has nine of them."""
+    items = []
+    for i, prompt in enumerate(("seen", "new")):
+        items.append(dict(id=str(i), subset="chat", section="chat", prompt=prompt))
+        items[-1] |= dict(answers=list("abcdef"), right=[0, 1, 2])
+    values = np.zeros((18, 2, 1), np.int8)
+    values[:9] = 1  # all wrong of the item that was seen
+    known = suites.seen_in.Training([{"prompt": "Seen."}])
+    measure = suites.reward_bench.from_verdicts
+    found = suites._overlap("rm_bench", items, values, known, measure)
+    right = [v["value"] for k, v in found["without"].items() if k.startswith("pair_accuracy")]
+    assert right and set(right) == {1.0}

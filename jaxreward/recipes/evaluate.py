@@ -70,7 +70,9 @@ def _from_folder(folder: Path, where):
     return plan, params, frozen, folder, made.get("template", "auto"), made.get("max_len")
 
 
-def _from_workdir(workdir: Path, where):
+def from_workdir(workdir: Path, where):
+    """(plan, params, frozen, folder, template, max_len) of a run's newest checkpoint: a reward
+    model's or a language model's."""
     config = presets.read(workdir / "config.json")
     with checkpoint.Checkpoints(workdir) as checkpoints:
         meta = checkpoints.meta()
@@ -124,7 +126,7 @@ def load_model(
     model = Path(model)
     where = rules.on_mesh()
     if checkpoint.is_workdir(model):
-        got = _from_workdir(model, where)
+        got = from_workdir(model, where)
     else:
         got = _from_folder(model, where)
     plan, params, frozen, folder, recorded, max_len = got
@@ -374,7 +376,7 @@ def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> P
             f"{workdir} is a run of several stages; export one of them: "
             f"{', '.join(str(Path(workdir) / name) for name in stages)}"
         )
-    plan, params, frozen, folder, template, max_len = _from_workdir(Path(workdir), rules.on_mesh())
+    plan, params, frozen, folder, template, max_len = from_workdir(Path(workdir), rules.on_mesh())
     whole, head = trainable.join(plan, params, frozen)
     tokenizer = tokenize.load_tokenizer(folder)
     return hub_export.write(

@@ -170,7 +170,7 @@ def language_model(
     """
     model, where = Path(model), rules.on_mesh()
     if checkpoint.is_workdir(model):
-        plan, params, frozen, folder, template, _ = evaluate._from_workdir(model, where)
+        plan, params, frozen, folder, template, _ = evaluate.from_workdir(model, where)
         if plan.head is not None:
             raise ValueError(_not_a_language_model(model))
         steps = _checkpoints(model, params, every_checkpoint)

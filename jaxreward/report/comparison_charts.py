@@ -237,6 +237,8 @@ def _hypotheses(part: dict, places: dict) -> tuple[list[dict], list[dict]]:
             wins[model] = {key: value for key, value in each.items() if value is not None}
             scatters += _scatter(model, proxy, sets)
         compared += _pairs(wins, f"ranking accuracy against {proxy}")
+    if len(scatters) > SCATTERS:
+        scatters[SCATTERS - 1]["about"] += f" {len(scatters) - SCATTERS} more are not drawn."
     return found + scatters[:SCATTERS], compared
 
 
@@ -285,7 +287,7 @@ def _scatter(model: str, proxy: str, sets: dict) -> list[dict]:
     slope = float(np.mean(x * y))
     about = f"{x.size:,} hypotheses of {words.count(used, 'prompt')}, scores standardised within "
     about += "each; the model's is its log-probability a token. Line: their correlation, "
-    about += f"{words.number(float(f'{slope:.3g}'))}."
+    about += f"{words.number(float(f'{slope:.3f}'))}."
     if x.size > POINTS:
         at = np.linspace(0, x.size - 1, POINTS).round().astype(int)
         x, y, about = x[at], y[at], f"{about} Every so many drawn, {POINTS:,} points."

@@ -20,8 +20,8 @@ def won(row: Mapping) -> float | None:
     """Share of an item's comparisons that a model got right; an equal score is a lost one.
 
     Args:
-        row: line of FILE.items.jsonl, with `right` and `scores`, or `verdicts` (0 is the right
-            answer) of one comparison.
+        row: line of FILE.items.jsonl, with `right` and `scores`, or `verdicts` of one comparison
+            (0 is the right answer, -2 was not asked).
 
     Returns:
         A number in [0, 1], or None where the item has no right or no wrong answer.
@@ -29,6 +29,7 @@ def won(row: Mapping) -> float | None:
     verdicts = row.get("verdicts")
     if verdicts is not None:
         values = np.asarray(verdicts, float)
+        values = values[values > -2]
         return float((values == 0).mean()) if values.size else None
     good, bad = sides(row)
     if not good.size or not bad.size:

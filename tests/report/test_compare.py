@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -302,6 +303,8 @@ def test_what_an_item_is_worth():
     assert paired.won({"right": [], "scores": [3.0, 2.0]}) is None
     assert paired.won({"verdicts": [[0], [1]]}) == 0.5
     assert paired.won({"verdicts": [[-1], [0]]}) == 0.5
+    assert paired.won({"verdicts": [[0], [-2]]}) == 1.0
+    assert paired.won({"verdicts": [[-2], [-2]]}) is None
     r = np.array([1.0, 2.0, 3.0, np.nan])
     assert paired.ordered(np.array([1.0, 3.0, 2.0, 9.0]), r) == 2 / 3
     assert paired.ordered(np.zeros(4), r) == 0.5 and paired.ordered(r, np.zeros(4)) is None
@@ -383,7 +386,8 @@ class Browser:
     def __init__(self, program, folder):
         ours, theirs = os.pipe(), os.pipe()
         flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
-        flags += " --disable-background-networking --disable-component-update --disable-sync"
+        flags += " --disable-background-networking --disable-dev-shm-usage"
+        flags += " --disable-component-update --disable-sync"
         # The protocol's pipe is descriptors 3 and 4.
         run = f'exec "$0" {flags} --remote-debugging-pipe "$1" 3<&{ours[0]} 4>&{theirs[1]}'
         self.process = subprocess.Popen(
@@ -406,6 +410,8 @@ class Browser:
 
     def message(self):
         while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.source], [], [], 60)
+            assert ready, "the browser says nothing for a minute"
             more = self.source.read(65536)
             assert more, "the browser went away"
             self.buffer += more

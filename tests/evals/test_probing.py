@@ -145,12 +145,17 @@ def test_what_is_linear_is_found(measured):
     assert found["majority"] == pytest.approx((majority + known["majority"]) / 2)
 
 
-def test_separable_classes_are_told_apart_without_error(states):
-    """Catches a bias that is lost: without one, classes on one side of the origin stay mixed."""
+def test_separable_classes_are_told_apart_without_error(measured, states):
+    """Tasks, seeds, settings and controls are one program, which the tasks of `measured` compiled.
+
+    Catches a bias that is lost: without one, classes on one side of the origin stay mixed."""
     h, labels = states
     apart = (h * 0.1 + 5 * np.eye(D, dtype=np.float32)[labels] + 7).astype(np.float32)
     tasks = {"one": task(apart, labels), "two": task(apart, labels[::-1].copy())}
+    assert len(measured[0]) == len(tasks)
+    programs = probes.fit_strong._cache_size()
     found = probing.probe(apart, tasks, classes=3, seeds=2, l2=(1e-3, 1.0))
+    assert probes.fit_strong._cache_size() == programs
     assert found["one"]["accuracy"]["value"] == found["one"]["balanced_accuracy"] == 1.0
     assert found["one"]["accuracy"]["low"] == found["one"]["auroc"] == 1.0
 

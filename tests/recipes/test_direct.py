@@ -18,7 +18,7 @@ from jaxreward.data import pipeline, sources, tokenize
 from jaxreward.evals import likelihood, scorer
 from jaxreward.hub import load
 from jaxreward.models import trainable
-from jaxreward.parallel import mesh
+from jaxreward.parallel import mesh, rules
 from jaxreward.recipes import direct
 from jaxreward.train import step
 
@@ -30,25 +30,13 @@ def config(folder, words="smoke", *overrides):
     return presets.load(f"direct/dpo:{words}", [*fixed, *overrides])
 
 
-def no_mesh(patch):
-    """Everything on one device, until the patch is undone."""
-    real = mesh.make_mesh
-    patch.setattr(mesh, "make_mesh", lambda sizes=None: real(sizes, devices=jax.devices()[:1]))
-
-
 @pytest.fixture
 def one_device(monkeypatch):
-    no_mesh(monkeypatch)
-
-
-def steps(built, count):
-    """(state, metrics of each step, batches), without the loop."""
-    now, out, rows = built.state, [], []
-    for _ in range(count):
-        rows.append(built.to_device(next(built.batches)))
-        now, metrics = built.step(now, built.frozen, rows[-1])
-        out.append(m.results(metrics))
-    return now, out, rows
+    """Compiles faster; what is on a mesh has tests of its own."""
+    real = mesh.make_mesh
+    monkeypatch.setattr(
+        mesh, "make_mesh", lambda sizes=None: real(sizes, devices=jax.devices()[:1])
+    )
 
 
 # The loss and its gradient
@@ -62,7 +50,8 @@ def referred(trees):
 
 @pytest.fixture(scope="module")
 def base(tiny_folder, pairs_file):
-    """(plan, parameters, records, trees in which pairs share prompts, the losses, a gradient)."""
+    """(plan, parameters, trees in which pairs share prompts, trees of one pair, a function that
+    gives gradient and objective of trees packed like this, on a mesh and in two microbatches)."""
     cfg, weights, _ = load.load(tiny_folder)
     plan = trainable.Plan(dataclasses.replace(cfg, remat="none"), "all", head=None)
     params, _ = trainable.init(plan, weights, jax.random.key(0))
@@ -72,24 +61,25 @@ def base(tiny_folder, pairs_file):
     apart = [pair_data.encode_pairs(tokenizer, [record])[0][0] for record in records]
     made = presets.load("direct/dpo:ipo", ["losses.lm.coef=0.5"])
     losses = direct.read_losses(made.losses)
-    run = direct.make_loss(plan, losses)
 
-    def gradient(trees, row_len, parts=1, change=lambda rows: rows):
-        packed = pipeline.pack(trees, row_len=row_len)
-        rows = len(packed) + len(packed) % 2
-        batch = next(pipeline.batches(trees, row_len=row_len, batch=rows, seed=0, plan=packed))
-        slope = jax.jit(step.make_gradient(*run, parts))
-        got = slope(params, {}, change(scorer.pair_rows(batch)), jax.random.key(0), {})
-        return len(packed), jax.device_get(got[:2])
+    where = rules.on_mesh(dict(data=2, fsdp=2, tensor=1, context=1, expert=1))
+    slope = jax.jit(step.make_gradient(*direct.make_loss(plan, losses, where), 2, rules=where))
+
+    def gradient(trees, packed, change=lambda rows: rows, params=params):
+        fixed = dict(row_len=256, batch=40, answers_per_row=16, pairs_per_row=8)
+        raw = next(pipeline.batches(trees, seed=0, plan=packed, **fixed))
+        rows = change(scorer.pair_rows(raw, where))
+        grads, value, *_ = slope(params, {}, rows, jax.random.key(0), {})
+        return jax.device_get((grads, value))
 
     return plan, params, referred(together), referred(apart), gradient
 
 
 def test_the_loss_is_the_formula_and_layout_changes_nothing(base):
     """Catches pairs that take each other's answers or references, the mean of rows or of trees, a
-    weight that does not count, and the wrong answer in the auxiliary term; a denominator per row
-    or microbatch, neighbours that are seen, and a shared prompt that gives other log-probs than the
-    pair by itself."""
+    weight that does not count, and the wrong answer in the auxiliary term; a denominator per row,
+    microbatch or device, neighbours that are seen, and a shared prompt that gives other log-probs
+    than the pair by itself."""
     plan, params, together, apart, gradient = base
     found = likelihood.make_predict(plan)(params, {}, together)
     total = weight = 0.0
@@ -101,11 +91,18 @@ def test_the_loss_is_the_formula_and_layout_changes_nothing(base):
             weight += w
     assert weight == 20 * 1.25  # of `pairs_file`
     assert len(together) == len(apart) / 2
-    rows, one = gradient(apart, max(tree.size for tree in apart))
-    np.testing.assert_allclose(one[1], total / weight, rtol=1e-5)
-    packed, other = gradient(together, 256, parts=2)
-    assert packed < rows / 4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), one, other)
+    alone = gradient(apart, [[i] for i in range(len(apart))])
+    np.testing.assert_allclose(alone[1], total / weight, rtol=1e-5)
+    packed = pipeline.pack(together, row_len=256, answers_per_row=16, pairs_per_row=8)
+    assert len(packed) < len(together) / 2
+    other = gradient(together, packed)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    jax.tree.map(close, alone, other)
+    # Along the gradient the objective rises by its norm.
+    size = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(alone[0])))
+    moved = lambda by: jax.tree.map(lambda p, g: p + by * g / size, params, alone[0])
+    up, down = (gradient(together, packed, params=moved(by))[1] for by in (0.02, -0.02))
+    np.testing.assert_allclose((up - down) / 0.04, size, rtol=1e-2)
 
 
 def test_pairs_without_weight_give_nothing(base):
@@ -114,7 +111,7 @@ def test_pairs_without_weight_give_nothing(base):
     nothing = lambda rows: rows.replace(
         weight=0 * rows.weight, ref_logps=jnp.full_like(rows.ref_logps, jnp.inf)
     )
-    _, (grads, value) = gradient(trees, 256, parts=2, change=nothing)
+    grads, value = gradient(trees, [[i] for i in range(len(trees))], nothing)
     assert value == 0
     assert all(not np.any(x) for x in jax.tree.leaves(grads))
 
@@ -193,46 +190,61 @@ def test_the_estimate_is_over_answers_to_other_prompts(base):
         direct.with_strangers(trees[:1])
 
 
-def unpaired(folder, workdir, count, **sizes):
-    """Steps of KTO on single answers, from a reference below the initial model."""
-    made = config(folder, "kto,unpaired,smoke", "optim.lr=1e-2", "train.steps=8")
-    made.train.microbatches = 2 if sizes else 1
-    made.mesh.update(sizes)
-    real = direct._referred
-    lower = lambda trees: [dataclasses.replace(t, ref_logps=t.ref_logps - 1.0) for t in trees]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direct, "_referred", lambda *args: lower(real(*args)))
-        built = direct.build(made, workdir)
-    return built, *steps(built, count)
+def test_answers_with_labels(tiny_folder, tmp_path, one_device):
+    """Catches labels the wrong way round, strangers that are learnt from, and an evaluation that
+    cannot read rewards of single answers.
+
+    By hand: the reference lies 2 below the model on good answers and 3 above it on bad ones, z is
+    1 and beta 0.1: losses of 1 - sigmoid(0.1) and 1 - sigmoid(0.4).
+    """
+    made = config(tiny_folder, "kto,unpaired,smoke")
+    built = direct.build(made, tmp_path)
+    rows = built.to_device(next(built.batches))
+    good = np.nan_to_num(np.asarray(rows.targets[..., 0])) > 0
+    there = np.asarray(rows.answer_weight) > 0
+    count = int(there.sum())
+    assert np.sum(np.asarray(rows.ends) >= 0) == 2 * count  # as many strangers
+    moved = np.where(there, np.where(good, -2.0, 3.0), 777.0)
+    rows = rows.replace(ref_logps=rows.ref_logps + jnp.asarray(moved, jnp.float32))
+    loss, weights, _ = direct.make_loss(built.plan, direct.read_losses(made.losses), built.rules)
+    frozen = {**built.frozen, "kl": jnp.float32(1.0)}
+    totals, metrics, _ = jax.jit(loss)(built.state.params, frozen, rows, None, {})
+    share = (good & there).sum() / count
+    want = share / (1 + np.exp(0.1)) + (1 - share) / (1 + np.exp(0.4))
+    assert float(weights(rows)["policy"]) == count and 0.2 < share < 0.8
+    assert float(totals["policy"]) / count == pytest.approx(want, abs=1e-5)
+    got = m.results(metrics)
+    assert got["reward/chosen"] == pytest.approx(0.2, abs=1e-4)
+    assert got["reward/rejected"] == pytest.approx(-0.3, abs=1e-4)
+    assert got["kl"] == 1.0 and "accuracy" not in got
+    evals = built.evaluate(built.state)  # rewards of 0 against labels of 0 and 1
+    labels = np.concatenate([tree.targets for tree in built.heldout])
+    assert evals["heldout/mse"] == pytest.approx(labels.mean(), abs=1e-4)
+    assert evals["heldout/answers"] == len(labels) == 16
 
 
-def test_answers_with_labels_on_any_mesh(tiny_folder, tmp_path):
-    """Catches labels the wrong way round, strangers that are learnt from, an estimate that depends
-    on devices or microbatches, and an evaluation that cannot read rewards of single answers."""
-    with pytest.MonkeyPatch.context() as patch:
-        no_mesh(patch)
-        built, now, one, rows = unpaired(tiny_folder, tmp_path, 8)
-        evals = built.evaluate(now)
-    assert one[0]["kl"] == pytest.approx(1.0, abs=1e-4)
-    assert one[0]["loss"] == pytest.approx(0.5, abs=1e-4)  # all are 1 above the reference, as z is
-    assert one[-1]["loss"] < 0.45 and evals["heldout/auroc"] > 0.9
-    assert one[-1]["reward/chosen"] > one[-1]["reward/rejected"]
-    assert "accuracy" not in one[0]
-    count = int(np.sum(np.asarray(rows[0].answer_weight)))
-    assert np.sum(np.asarray(rows[0].ends) >= 0) == 2 * count  # as many strangers
-    _, other, two, _ = unpaired(tiny_folder, tmp_path, 2, data=2, fsdp=2)
-    assert len(other.params["model"]["embed"]["table"].devices()) == 4
-    assert two[0] == pytest.approx(one[0], rel=1e-3, abs=2e-4)
-    # Adam divides by the size of a gradient: rounding of the smallest ones grows.
-    assert two[1] == pytest.approx(one[1], rel=2e-2, abs=2e-3)
+# The reference where it does not fit
+
+
+def test_references_of_some_answers_are_refused(base):
+    """Catches log-probs of 0 where there are none, and those of other answers."""
+    _, _, trees, _, _ = base
+    some = [trees[0], dataclasses.replace(trees[1], ref_logps=None)]
+    with pytest.raises(ValueError, match=r"carries no ref_logps and tree .* does"):
+        pipeline.materialise(some, [0, 1], row_len=512, answers_per_row=8, pairs_per_row=8)
+    rows = scorer.pair_rows(next(pipeline.batches(trees, row_len=256, batch=8, seed=0)))
+    rows.validate()
+    with pytest.raises(ValueError, match=r"PairRows\.ref_logps .* must have the shape of ends"):
+        rows.replace(ref_logps=rows.ref_logps[:, :-1]).validate()
 
 
 # Runs
 
 
-def test_a_run_learns_and_is_exported(tiny_folder, tmp_path, one_device):
-    """Catches a flipped sign, a reference that is not that of the start, an evaluation by another
-    reward than training has, and an export of the initial model."""
+def test_a_run_learns_and_is_exported(tiny_folder, tmp_path):
+    """Catches a flipped sign, a reference that is not that of the start, an estimate that does not
+    get into the step on a mesh, an evaluation by another reward than training has, and an export of
+    the initial model."""
     workdir, out = tmp_path / "run", tmp_path / "model"
     flags = {
         "models.policy.init": f"hf:{tiny_folder}",
@@ -243,20 +255,19 @@ def test_a_run_learns_and_is_exported(tiny_folder, tmp_path, one_device):
         "train.remat": "none",
     }
     flags = [f"--config.{k}={v}" for k, v in flags.items()]
-    argv = ["train", "--config", "direct/dpo:smoke", "--workdir", str(workdir), "--debug", *flags]
-    assert cli.main(argv) == 0
+    argv = ["train", "--config", "direct/dpo:kto,smoke", "--workdir", str(workdir), "--debug"]
+    assert cli.main([*argv, *flags]) == 0
     text = (workdir / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     first, last, after = lines[0], lines[-2], lines[-1]
-    assert first["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
-    for key in ("margin", "reward/chosen", "reward/rejected"):
-        assert first[f"train/{key}"] == pytest.approx(0.0, abs=1e-4)
+    assert first["train/loss"] == pytest.approx(0.5, abs=1e-4)
+    for key in ("margin", "reward/chosen", "reward/rejected", "kl"):
+        assert first[f"train/{key}"] == pytest.approx(0.0, abs=1e-3)
     assert first["train/logps/chosen"] < -10
-    assert last["train/loss"] < 0.5 and last["train/accuracy"] > 0.9
+    assert last["train/loss"] < 0.45 and last["train/accuracy"] > 0.9 and "train/kl" in last
     margin = last["train/reward/chosen"] - last["train/reward/rejected"]
     assert last["train/margin"] == pytest.approx(margin, abs=1e-4)
-    assert after["eval/heldout/accuracy"] > 0.9 and after["eval/heldout/loss"] < 0.6
-
+    assert after["eval/heldout/accuracy"] > 0.9 and after["eval/heldout/loss"] < 0.65
     assert cli.main(["export", "--model", str(workdir), "--out", str(out), "--debug"]) == 0
     raw = json.loads((out / "config.json").read_text())
     assert raw["architectures"] == ["LlamaForCausalLM"]

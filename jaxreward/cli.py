@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from jaxreward import __version__
-from jaxreward.core.resolve import near, resolve, resolve_words
+from jaxreward.core.resolve import near, resolve, resolve_words, words
 from jaxreward.train import writers
 
 STOPPED = "JAXREWARD_STOPPED_EXIT"
@@ -81,16 +81,26 @@ def train(args):
 def evaluate(args):
     """Measure a model on pairs, labelled answers or suites; the result is printed as JSON."""
     pairs = {"name": args.name, "form": args.form, "corpus": args.corpus}
-    if args.suite:
-        if pairs != {"name": "heldout", "form": "pairs", "corpus": ""}:
-            raise UsageError("--name, --form and --corpus do not go with --suite")
-    elif args.limit or args.by != "score":
-        raise UsageError("--limit and --by go with --suite")
+    suite = args.suite.partition(",")[0]
+    if suite and pairs != {"name": "heldout", "form": "pairs", "corpus": ""}:
+        raise UsageError("--name, --form and --corpus do not go with --suite")
+    if (args.limit or args.overlap or args.by != "score") and (not suite or suite in _PAPERS):
+        raise UsageError("--limit, --by and --overlap go with public suites (--suite)")
+    if suite in _PAPERS and not args.output:
+        raise UsageError(f"--suite {suite} needs --output FILE.json")
+    with _usage():
+        # Before anything starts: a misspelt keyword is a fault of the command line.
+        _, given = words(args.suite, what="--suite") if suite in _PAPERS else ("", {})
+        run = resolve("recipes", _PAPERS[suite], **given) if suite in _PAPERS else None
     _start(alone="evaluate --by judge" if args.by == "judge" else "")
-    if args.suite:
+    if suite == "heal":
+        result = run(str(args.model).split(","), args.data, args.output, **_batch(args))
+    elif suite in _PAPERS:
+        result = run(args.model, args.data, args.output, **_batch(args))
+    elif suite:
         from jaxreward.recipes import suites
 
-        how = {"limit": args.limit, "by": args.by} | _batch(args)
+        how = {"limit": args.limit, "by": args.by, "overlap": args.overlap} | _batch(args)
         result = suites.run(args.model, args.suite.split(","), args.data, args.output, **how)
     else:
         from jaxreward.recipes import evaluate
@@ -105,7 +115,14 @@ def evaluate(args):
 
 def score(args):
     """Score prompts and answers with a reward model, one JSON line in, one out."""
+    if args.proxy and (args.corpus or args.template != "auto" or "-" in (args.input, args.output)):
+        raise UsageError("--proxy reads and writes files of hypotheses; leave out --corpus, ...")
     _start()
+    if args.proxy:
+        from jaxreward.recipes import hypotheses
+
+        models = {args.proxy: args.model}
+        return hypotheses.proxies(args.input, args.output, models, **_batch(args))
     from jaxreward.recipes import evaluate
 
     evaluate.score(
@@ -144,6 +161,10 @@ def generate(args):
 
 def data(args):
     """Look at a data file before training: examples as tokens, lengths, duplicates."""
+    if args.sets:
+        return _sets(args)
+    if len(args.file) > 1 or args.corrupt or args.spoil:
+        raise UsageError("several files, --corrupt and --spoil go with --sets OUT")
     if not args.model and (args.max_len or args.template != "auto"):
         raise UsageError("--max_len and --template are about tokens; give --model HF_FOLDER too")
     with _usage():
@@ -151,7 +172,7 @@ def data(args):
     from jaxreward.data import inspection, inspection_text, tokenize
 
     found = inspection.inspect(
-        args.file,
+        Path(args.file[0]),
         tokenizer=tokenize.load_tokenizer(args.model) if args.model else None,
         kind=args.kind,
         corpus=corpus,
@@ -164,6 +185,23 @@ def data(args):
     text = inspection_text.render(found, colour=_coloured(sys.stdout))
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
+
+
+def _sets(args):
+    """Writes one file of hypotheses from the answers of several sources."""
+    from jaxreward.recipes import hypotheses
+
+    parts = []
+    for text in args.file:
+        path, name, temp = [*text.split(",", 2), "", ""][:3]
+        try:
+            parts.append((path, name or Path(path).stem, float(temp) if temp else None))
+        except ValueError as error:
+            raise UsageError(f"expected FILE[,SOURCE[,TEMPERATURE]]; received {text!r}") from error
+    corruptions = args.corrupt.split(",") if args.corrupt else ()
+    kw = {"corruptions": corruptions, "spoil": args.spoil, "tokenizer": args.model}
+    made = hypotheses.build(parts, args.sets, most=args.max_len, **kw)
+    print(json.dumps(made, indent=2))
 
 
 def import_model(args):
@@ -220,6 +258,7 @@ def report(args):
     print(f"wrote {out}")
 
 
+_PAPERS = {"mrmbench": "probing.run", "heal": "hypotheses.run"}  # suites with settings of their own
 _COMMANDS = {
     "train": (
         train,
@@ -255,9 +294,10 @@ def _flags(command, add):
     if command == "evaluate":
         add("--model", type=Path, required=True, metavar="DIR", help="workdir or exported folder")
         add("--data", type=Path, required=True, metavar="FILE", help="pairs: JSON Lines, Parquet")
-        add("--suite", metavar="A,B", help="public suites: docs/evaluation.md; --data is a folder")
+        add("--suite", default="", metavar="A,B", help="see docs/evaluation.md; --data is a folder")
         add("--limit", type=_positive, metavar="N", help="first items of each suite")
         add("--by", default="score", choices=["score", "likelihood", "judge"], help="of a suite")
+        add("--overlap", type=Path, metavar="FILE", help="training data: measure without its rows")
         add("--form", default="pairs", choices=["pairs", "points"], help="default: %(default)s")
         add("--corpus", default="", metavar="NAME", help="rows of another form: NAME[,key=value]")
         add("--output", "--out", type=Path, metavar="FILE.json", help="also write the result there")
@@ -270,6 +310,9 @@ def _flags(command, add):
         add("--corpus", default="", metavar="NAME", help="rows of another form: NAME[,key=value]")
         add("--batch", type=_positive, metavar="N", help="rows at a time")
         add("--template", default="auto", help="auto, chat or plain (default: %(default)s)")
+        add(
+            "--proxy", default="", metavar="NAME", help="score a file of hypotheses under this name"
+        )
     if command == "generate":
         add("--model", type=Path, required=True, metavar="DIR", help="folder of a language model")
         add("--input", type=_stream, required=True, metavar="FILE", help="prompts, JSON lines")
@@ -287,7 +330,7 @@ def _flags(command, add):
         add("--block", type=int, default=0, help="positions of a denoiser's block; 0: all")
         add("--threshold", type=float, default=0.0, help="of a denoiser: commit all that are surer")
     if command == "data":
-        add("file", type=Path, metavar="FILE", help="JSON Lines, Parquet, ArrayRecord or tfds:NAME")
+        add("file", nargs="+", metavar="FILE", help="JSON Lines, Parquet, ArrayRecord or tfds:NAME")
         add("--model", type=Path, metavar="HF_FOLDER", help="its tokenizer; else by characters")
         add(
             "--kind",
@@ -301,6 +344,11 @@ def _flags(command, add):
         add("--show", type=int, default=2, metavar="N", help="examples (default: %(default)s)")
         add("--overlap", type=Path, metavar="FILE2", help="look for its prompts in FILE")
         add("--limit", type=_positive, metavar="N", help="usable rows of FILE at most")
+        add("--sets", type=Path, metavar="OUT", help="merge FILE[,SOURCE[,TEMP]] ... into it")
+        add(
+            "--corrupt", default="", metavar="A,B", help="of --sets: truncated, shuffled, off_topic"
+        )
+        add("--spoil", metavar="SOURCE", help="with --corrupt: whose answers")
     if command == "import":
         add("folder", nargs="?", type=Path, metavar="HF_FOLDER", help="a Hugging Face folder")
         add("--from", dest="source", choices=["smollm2"], help="a model from an installed package")

@@ -302,27 +302,92 @@ def test_evaluate_prints_the_result_as_json(fake, capsys):
     assert calls == [("evaluate", (Path("m"), Path("d.jsonl")), kwargs)]
 
 
+def test_suites_of_papers_take_words(monkeypatch, capsys):
+    """Catches words that are dropped or misread, and faults found only after a model was loaded."""
+    from jaxreward.recipes import hypotheses, probing
+
+    calls = []
+
+    def probes(model, data, out, *, level="easy", quantile=0.9, batch=8):
+        calls.append((model, data, out, level, quantile, batch))
+        return {"metrics": 1}
+
+    def heal(models, data, out=None, *, reference=None, every_checkpoint=False, batch=8):
+        calls.append((models, data, out, reference, every_checkpoint))
+        return {"metrics": 2}
+
+    monkeypatch.setattr(probing, "run", probes)
+    monkeypatch.setattr(hypotheses, "run", heal)
+    argv = ["evaluate", "--model", "m,n", "--data", "d", "--out", "o.json", "--suite"]
+    assert cli.main([*argv, "mrmbench,level=hard,quantile=0.5", "--batch", "2"]) == 0
+    assert cli.main([*argv, "heal,reference=b,every_checkpoint=1"]) == 0
+    assert calls == [
+        (Path("m,n"), Path("d"), Path("o.json"), "hard", 0.5, 2),
+        (["m", "n"], Path("d"), Path("o.json"), "b", 1),
+    ]
+    capsys.readouterr()
+    for more, said in (
+        ([*argv, "mrmbench,levle=hard"], "level"),
+        ([*argv, "heal,reference"], "expected key=value"),
+        ([*argv, "heal", "--limit", "3"], "go with public suites"),
+        (["evaluate", "--model", "m", "--data", "d", "--suite", "heal"], "needs --output"),
+    ):
+        assert cli.main(more) == 2
+        assert said in capsys.readouterr().err
+    assert len(calls) == 2
+
+
+def test_hypotheses_are_merged_and_scored(tmp_path, fake, capsys):
+    """Catches sources and temperatures that get lost, and flags that mean nothing by themselves."""
+    path = tmp_path / "cold.jsonl"
+    answers = [{"text": "one two", "finished": True}, {"text": "three", "finished": True}]
+    path.write_text(json.dumps({"id": "a", "prompt": "Q", "answers": answers}) + "\n")
+    out = tmp_path / "sets.jsonl"
+    argv = ["data", f"{path},base,0.3", f"{path},other"]
+    assert cli.main([*argv, "--sets", str(out), "--corrupt", "truncated", "--spoil", "base"]) == 0
+    assert json.loads(capsys.readouterr().out)["sets"] == 1
+    hyps = json.loads(out.read_text())["hyps"]
+    assert {(h["text"], h["source"], h["temp"]) for h in hyps} >= {("three", "base", 0.3)}
+    for more, said in (
+        (argv, "go with --sets"),
+        (["data", str(path), "--corrupt", "truncated"], "go with --sets"),
+        (["data", f"{path},base,hot", "--sets", str(out)], "TEMPERATURE"),
+    ):
+        assert cli.main(more) == 2
+        assert said in capsys.readouterr().err
+    calls = fake("recipes.hypotheses", proxies=None)
+    argv = ["score", "--model", "m", "--input", str(out), "--output", str(out), "--proxy", "rm"]
+    assert cli.main(argv) == 0
+    assert calls == [("proxies", (out, out, {"rm": Path("m")}), {})]
+    assert cli.main([*argv, "--template", "plain"]) == 2
+    assert "--proxy reads" in capsys.readouterr().err
+
+
 def test_evaluate_on_suites(fake, capsys):
     """Catches suites that are measured as a file of pairs, and flags that are dropped."""
     calls = fake("recipes.suites", run={"suites": {}})
     argv = ["evaluate", "--model", "m", "--suite", "hhh,rm_bench", "--data", "d"]
     assert cli.main([*argv, "--out", "o.json", "--limit", "5", "--batch", "2"]) == 0
     assert json.loads(capsys.readouterr().out) == {"suites": {}}
-    assert cli.main([*argv, "--by", "likelihood"]) == 0
+    assert cli.main([*argv, "--by", "likelihood", "--overlap", "t.jsonl"]) == 0
     names = ["hhh", "rm_bench"]
     assert calls == [
         (
             "run",
             (Path("m"), names, Path("d"), Path("o.json")),
-            {"limit": 5, "by": "score", "batch": 2},
+            {"limit": 5, "by": "score", "overlap": None, "batch": 2},
         ),
-        ("run", (Path("m"), names, Path("d"), None), {"limit": None, "by": "likelihood"}),
+        (
+            "run",
+            (Path("m"), names, Path("d"), None),
+            {"limit": None, "by": "likelihood", "overlap": Path("t.jsonl")},
+        ),
     ]
     capsys.readouterr()
     for more, said in (
         ([*argv, "--form", "points"], "do not go with --suite"),
         ([*argv, "--name", "x"], "do not go with --suite"),
-        ([*argv[:3], "--data", "d", "--limit", "5"], "--limit and --by go with --suite"),
+        ([*argv[:3], "--data", "d", "--limit", "5"], "--limit, --by and --overlap go with"),
     ):
         assert cli.main(more) == 2
         assert said in capsys.readouterr().err

@@ -55,11 +55,43 @@ def resolve(layer, name, /, **kwargs):
     return functools.partial(function, **kwargs)
 
 
+def words(text, *, what):
+    """A name and the keywords behind it: "a.b,k=1,l=x" is ("a.b", {"k": 1, "l": "x"}).
+
+    A value that reads as a number is one, any other is a str.
+
+    Args:
+      text: As above. what: Said in front of an error.
+
+    Raises:
+      ValueError: naming a word that is no key=value or comes twice.
+    """
+    name, *rest = (part.strip() for part in text.split(","))
+    given = {}
+    for word in rest:
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if not (key and equals):
+            raise ValueError(
+                f"{what}: expected key=value behind the name, as in {name},key=value; got "
+                f"{word!r} in {text!r}"
+            )
+        if key in given:
+            raise ValueError(f"{what}: {key!r} is given twice in {text!r}")
+        given[key] = _number(value)
+    return name, given
+
+
+def _number(value):
+    if re.fullmatch(r"[+-]?[0-9]+", value):
+        return int(value)
+    return float(value) if re.fullmatch(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", value) else value
+
+
 def resolve_words(layer, text):
     """The function of one argument that a text names, with the keywords behind its name.
 
-    "pku_saferlhf.pairs,which=safer" is `resolve(layer, "pku_saferlhf.pairs", which="safer")`. A
-    value that reads as an int is one, any other is a str.
+    "pku_saferlhf.pairs,which=safer" is `resolve(layer, "pku_saferlhf.pairs", which="safer")`;
+    values as `words` reads them.
 
     Args:
       layer: As `resolve`.
@@ -70,21 +102,10 @@ def resolve_words(layer, text):
 
     Raises:
       KeyError: As `resolve`.
-      ValueError: As `resolve`; or naming a word that is no key=value or comes twice; or saying why
-        one argument does not fit beside the keywords.
+      ValueError: As `resolve` and `words`; or saying why one argument does not fit beside the
+        keywords.
     """
-    name, *words = (part.strip() for part in text.split(","))
-    given = {}
-    for word in words:
-        key, equals, value = (part.strip() for part in word.partition("="))
-        if not (key and equals):
-            raise ValueError(
-                f"{layer}: expected key=value behind the name, as in {name},key=value; got "
-                f"{word!r} in {text!r}"
-            )
-        if key in given:
-            raise ValueError(f"{layer}: {key!r} is given twice in {text!r}")
-        given[key] = int(value) if re.fullmatch(r"[+-]?[0-9]+", value) else value
+    name, given = words(text, what=layer)
     found = resolve(layer, name, **given)
     try:
         inspect.signature(found).bind(None)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreward.core.types import PairRows
 from jaxreward.data.tokenize import Tree
 from jaxreward.evals import scorer
 from jaxreward.models import trainable
@@ -18,19 +19,30 @@ PyTree = Any
 
 
 def answer_logps(
-    plan: trainable.Plan, params: PyTree, frozen: PyTree, rows, *, rules: Rules | None = None
+    plan: trainable.Plan,
+    params: PyTree,
+    frozen: PyTree,
+    rows: PairRows,
+    *,
+    rules: Rules | None = None,
+    size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each answer's supervised tokens, and their number, float32[B, K] both.
 
     .. math:: \\sum_{t \\in \\text{supervised}} \\log p(y_t \\mid x, y_{<t})
 
     Both are 0 where there is no answer.
+
+    Args:
+      plan, params, frozen, rows, rules: The model and its rows.
+      size: Most supervised tokens of a row, which alone meet the head; None takes the row's length.
     """
     at = supervised.scored(
         rows.tokens,
         rows.loss_mask,
         rows.segments,
         rows.trunk,
+        size=size,
         predict_offset=plan.cfg.predict_offset,
     )
     nll = supervised.cross_entropy(

@@ -35,7 +35,7 @@ from jaxreward.data import pipeline, points, sources, tokenize
 from jaxreward.evals import likelihood, scorer
 from jaxreward.hub import export, load
 from jaxreward.models import trainable
-from jaxreward.objectives import direct, supervised
+from jaxreward.objectives import direct
 from jaxreward.parallel import hosts, rules
 from jaxreward.train import session, writers
 
@@ -115,25 +115,6 @@ def read_losses(losses) -> Losses:
     return made
 
 
-def answer_logps(plan, params, frozen, rows: PairRows, *, rules=None, size: int | None = None):
-    """As `likelihood.answer_logps`, with at most `size` supervised tokens of a row at the head."""
-    at = supervised.scored(
-        rows.tokens,
-        rows.loss_mask,
-        rows.segments,
-        rows.trunk,
-        size=size,
-        predict_offset=plan.cfg.predict_offset,
-    )
-    nll = supervised.cross_entropy(
-        trainable.states(plan, params, frozen, rows, rules=rules),
-        trainable.head_matrix(plan, params, frozen, rules=rules),
-        at,
-        softcap=plan.cfg.logit_softcap,
-    )
-    return supervised.answer_logps(-nll, at, rows.segments, rows.ends)
-
-
 def _sides(rows, x):
     """What is said of answers, [B,K], as that of the chosen and of the rejected ones, [B,N]; 0
     where a pair does not count: what is not finite would come back through the gradient."""
@@ -208,7 +189,7 @@ def make_loss(
 
     def loss(params, frozen, rows: PairRows, keys, extra):
         del keys
-        logps, count = answer_logps(plan, params, frozen, rows, rules=where, size=size)
+        logps, count = likelihood.answer_logps(plan, params, frozen, rows, rules=where, size=size)
         of, desirable, weight = _labelled(rows)
         known = {"logps": of(logps), "desirable": desirable, "kl": frozen.get("kl")}
         known["chosen_logps"], known["rejected_logps"] = _sides(rows, logps)
@@ -282,7 +263,7 @@ def with_kl(step, plan: trainable.Plan, where: rules.Rules | None, *, size: int,
     """
 
     def sums(params, frozen, rows):
-        logps, _ = answer_logps(plan, params, frozen, rows, rules=where, size=size)
+        logps, _ = likelihood.answer_logps(plan, params, frozen, rows, rules=where, size=size)
         there = _strangers(rows)
         return jnp.sum(jnp.where(there, logps - rows.ref_logps, 0.0)), jnp.sum(there)
 

@@ -391,7 +391,7 @@ def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32") -> P
         adds_bos=tokenizer.bos_id if tokenizer.adds_bos else None,
         dtype=dtype,
         about=(
-            "A language model fine-tuned on completions."
+            "A fine-tuned language model."
             if head is None and plan.cfg.mask == "causal"
             else "A masked diffusion language model."
             if head is None

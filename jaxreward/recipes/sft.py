@@ -22,7 +22,7 @@ from jaxreward.core import metrics as m
 from jaxreward.core import trees as tr
 from jaxreward.core.resolve import keywords, resolve
 from jaxreward.core.types import Rows
-from jaxreward.data import conversations, tokenize
+from jaxreward.data import conversations, pipeline, tokenize
 from jaxreward.evals import likelihood, scorer
 from jaxreward.hub import export, load
 from jaxreward.models import trainable
@@ -104,13 +104,6 @@ def load_data(config, tokenizer) -> tuple[list, list, dict]:
     return train, held, facts
 
 
-def _most_supervised(trees, packed) -> int:
-    """The most supervised tokens of a row, rounded up: few sizes, hence few programs."""
-    count = lambda i: sum(int(loss.sum()) for loss in trees[i].loss)
-    most = max(sum(count(i) for i in row) for row in packed)
-    return -(-most // 64) * 64
-
-
 def build(config, workdir: str | Path) -> session.Built:
     """Reads model and data and makes state, step and batches. Trains nothing.
 
@@ -144,7 +137,7 @@ def build(config, workdir: str | Path) -> session.Built:
     length = config.data.row_len or scorer.row_len(train)
 
     def losses(packed):
-        size = min(length, _most_supervised(train, packed))
+        size = min(length, pipeline.most_supervised(train, packed))
         if noise:
             return denoisers.make_loss(plan, config, where, size=size)
         return make_loss(plan, config.losses, where, size=size)

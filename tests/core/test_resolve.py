@@ -171,7 +171,7 @@ def test_near_says_nothing_where_nothing_is_near():
     [
         ("", {}),
         (",margin=3, scale = -2", {"margin": 3, "scale": -2}),
-        (",margin=0.5,scale=a=b", {"margin": "0.5", "scale": "a=b"}),
+        (",margin=0.5,scale=a=b", {"margin": 0.5, "scale": "a=b"}),
         (",margin=", {"margin": ""}),
     ],
 )

@@ -75,6 +75,7 @@ def base(tiny_folder, pairs_file):
     return plan, params, referred(together), referred(apart), gradient
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_formula_and_layout_changes_nothing(base):
     """Catches pairs that take each other's answers or references, the mean of rows or of trees, a
     weight that does not count, and the wrong answer in the auxiliary term; a denominator per row,
@@ -241,6 +242,7 @@ def test_references_of_some_answers_are_refused(base):
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_is_exported(tiny_folder, tmp_path):
     """Catches a flipped sign, a reference that is not that of the start, an estimate that does not
     get into the step on a mesh, an evaluation by another reward than training has, and an export of

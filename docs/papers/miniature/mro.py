@@ -251,7 +251,7 @@ def picture(rows, path):
             axes[2].plot(w, row["spread"], "o", color=f"C{row['seed']}")
     axes[0].set(xlabel="denoising steps", ylabel="answers right", ylim=(0, 1))
     axes[0].legend(fontsize=8)
-    axes[1].set(xlabel=f"answers right in {min(STEPS)} steps")
+    axes[1].set(xlabel=f"answers right in {min(STEPS)} step")
     axes[2].set(xlabel="steps of a group, w", ylabel="variance of the gradient / squared mean")
     figure.savefig(path, dpi=110)
     plt.close(figure)

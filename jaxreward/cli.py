@@ -162,6 +162,9 @@ def generate(args):
 def data(args):
     """Look at a data file before training: examples as tokens, lengths, duplicates."""
     if args.sets:
+        other = (args.kind, args.corpus, args.overlap, args.limit, args.template)
+        if other != ("auto", None, None, None, "auto") or (args.spoil and not args.corrupt):
+            raise UsageError("--sets takes --corrupt (and with it --spoil), --model and --max_len")
         return _sets(args)
     if len(args.file) > 1 or args.corrupt or args.spoil:
         raise UsageError("several files, --corrupt and --spoil go with --sets OUT")

@@ -352,6 +352,8 @@ def test_hypotheses_are_merged_and_scored(tmp_path, fake, capsys):
         (argv, "go with --sets"),
         (["data", str(path), "--corrupt", "truncated"], "go with --sets"),
         (["data", f"{path},base,hot", "--sets", str(out)], "TEMPERATURE"),
+        (["data", str(path), "--sets", str(out), "--limit", "1"], "--sets takes"),
+        (["data", str(path), "--sets", str(out), "--spoil", "base"], "--sets takes"),
     ):
         assert cli.main(more) == 2
         assert said in capsys.readouterr().err

@@ -38,6 +38,7 @@ from jaxreward.models import trainable
 from jaxreward.objectives import direct
 from jaxreward.parallel import hosts, rules
 from jaxreward.train import session, writers
+from jaxreward.train.step import cut
 
 log = logging.getLogger(__name__)
 PyTree = Any
@@ -78,7 +79,7 @@ class Losses:
     @property
     def reference(self) -> bool:
         """Whether any loss compares the policy with a reference."""
-        return self.needs("ref_chosen", "ref_rejected", "ref_logps")
+        return self.needs("ref_chosen", "ref_rejected", "ref_logps", "kl")
 
 
 def read_losses(losses) -> Losses:
@@ -222,30 +223,42 @@ def make_loss(
     return loss, weights, losses.coef
 
 
+def _asked(tree: tokenize.Tree) -> tuple[int, tuple]:
+    """(how much of its first answer is prompt, the whole prompt as tokens). A tree's prompt is what
+    all its answers have in common, and may end before theirs do."""
+    rest = int(np.argmax(tree.loss[0]))
+    return rest, (*tree.prompt.tolist(), *tree.answers[0][:rest].tolist())
+
+
 def with_strangers(trees: list[tokenize.Tree]) -> list[tokenize.Tree]:
-    """Each tree with one more answer, that of the prompt before it (the last, for the first): what
-    KTO's estimate of the divergence is taken over.
+    """Each tree with one more answer, that of the nearest other prompt before it (round the end,
+    for the first): what KTO's estimate of the divergence is taken over.
 
     Raises:
       ValueError: if there is only one prompt.
     """
-    if len(trees) < 2:
+    asked = [_asked(tree) for tree in trees]
+    if len({prompt for _, prompt in asked}) < 2:
         raise ValueError(
             "a loss takes kl, which is measured on answers to other prompts; the data have one "
-            "prompt only. Give more, or set kl to a number in the config"
+            "prompt only. Give more, or set kl to a number in a config file"
         )
     out = []
-    for i, tree in enumerate(trees):
-        other = trees[i - 1]
+    for i, (tree, (rest, prompt)) in enumerate(zip(trees, asked)):
+        # Trees of one prompt stand side by side: large groups of answers are split.
+        back = next(k for k in range(1, len(trees)) if asked[i - k][1] != prompt)
+        other = trees[i - back]
         j = i % len(other.answers)
         first = int(np.argmax(other.loss[j]))  # of what the model would say
+        answer = np.concatenate([tree.answers[0][:rest], other.answers[j][first:]])
+        loss = np.concatenate([np.zeros(rest, bool), other.loss[j][first:]])
         more = {"targets": [*tree.targets, np.full(1, math.nan, np.float32)]}
         more["answer_weight"] = [*tree.answer_weight, 0.0]
         out.append(
             dataclasses.replace(
                 tree,
-                answers=[*tree.answers, other.answers[j][first:]],
-                loss=[*tree.loss, other.loss[j][first:]],
+                answers=[*tree.answers, answer.astype(tree.answers[0].dtype)],
+                loss=[*tree.loss, loss],
                 **(more if tree.targets else {}),
             )
         )
@@ -268,9 +281,8 @@ def with_kl(step, plan: trainable.Plan, where: rules.Rules | None, *, size: int,
         return jnp.sum(jnp.where(there, logps - rows.ref_logps, 0.0)), jnp.sum(there)
 
     def measured(state, frozen, rows):
-        cut = lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
         one = functools.partial(sums, state.params, frozen)
-        total, count = jax.lax.map(one, jax.tree.map(cut, rows))
+        total, count = jax.lax.map(one, cut(rows, parts))
         kl = jnp.maximum(safe_divide(jnp.sum(total), jnp.sum(count)), 0.0)
         return step(state, {**frozen, "kl": kl}, rows)
 

@@ -46,6 +46,11 @@ def write(files: Sequence, out) -> Path:
         raise ValueError(
             f"the values of the page would be written over {values}; call the page something else"
         )
+    if values.exists() and '"comparisons"' not in values.read_text(errors="replace"):
+        raise ValueError(
+            f"the values of the page would be written over {values}, which is no earlier "
+            "comparison; call the page something else"
+        )
     run = results.read(files)
     drawn, compared = comparison_charts.collect(run)
     data = {

@@ -50,6 +50,11 @@ def collect(run: dict) -> tuple[list[dict], list[dict]]:
         compared += [pair | {"part": part["id"]} for pair in pairs]
     for pair, adjusted in zip(compared, paired.holm([pair["p"] for pair in compared])):
         pair |= {"adjusted": adjusted, "sure": adjusted < paired.LEVEL}
+    if len(compared) >= paired.LEVEL * (paired.DRAWS + 1):
+        run["notes"].append(
+            f"{len(compared)} differences are too many for {paired.DRAWS} draws: after correction "
+            "none can be told. Compare fewer models or checkpoints at once."
+        )
     keys = list(dict.fromkeys((pair["part"], pair["measure"]) for pair in compared))
     for part, measure in keys:
         rows = [pair for pair in compared if (pair["part"], pair["measure"]) == (part, measure)]

@@ -109,7 +109,8 @@ def _add(file: Path, found: dict, run: dict) -> None:
         rows = _rows(file, metrics, run)
         kind = "probing" if _tasks(metrics) else "pairs"
         model = str(found.get("model") or protocol.get("model") or file.stem)
-        entry = {"metrics": rows, "tasks": _tasks(metrics), "sha256": protocol.get("sha256")}
+        entry = {"metrics": rows, "tasks": _tasks(metrics)}
+        entry["sha256"] = protocol.get("sha256") or repr(protocol.get("data"))
         run["found"].append((kind, str(found.get("name") or file.stem), model, file, entry))
     else:
         run["notes"].append(f"{file.name} holds neither metrics nor suites: left out.")
@@ -164,6 +165,8 @@ def _suites(file: Path, found: dict, protocol: dict, run: dict) -> None:
             text = ", ".join(f"{count} ({reason})" for reason, count in skipped.items())
             run["notes"].append(f"{file.name}: {name} left out rows: {text}.")
         entry = {"metrics": _rows(file, metrics, run), "items": items.get(name, {})}
+        files = [f.get("sha256") for f in suite.get("files") or () if isinstance(f, dict)]
+        entry["sha256"] = repr((files, protocol.get("limit")))
         entry["scored"] = by == "score"
         run["found"].append(("suite", name, model, file, entry))
 
@@ -171,8 +174,12 @@ def _suites(file: Path, found: dict, protocol: dict, run: dict) -> None:
 def _is_item(line: dict) -> bool:
     if "verdicts" in line:
         orders = line["verdicts"]
-        return isinstance(orders, list) and all(map(_numbers, orders))
-    return _numbers(line.get("scores")) and _numbers(line.get("right"))
+        whole = isinstance(orders, list) and all(map(_numbers, orders))
+        return whole and len(set(map(len, orders))) <= 1
+    scores, right = line.get("scores"), line.get("right")
+    if not _numbers(scores) or not isinstance(right, list):
+        return False
+    return all(type(place) is int and 0 <= place < len(scores) for place in right)
 
 
 def _hypotheses(file: Path, metrics: dict, protocol: dict, run: dict) -> None:
@@ -189,12 +196,14 @@ def _hypotheses(file: Path, metrics: dict, protocol: dict, run: dict) -> None:
             one = np.asarray(values, float), np.asarray(tokens, float)
             logp.setdefault(label, {})[str(line.get("id"))] = one
     delta = protocol.get("delta") if words.finite(protocol.get("delta")) else 0.0
-    shared = {"proxies": proxies, "delta": delta}
+    # Proxies are of one file of sets: what was measured on another stands apart.
+    shared = {"proxies": proxies, "delta": delta, "set": protocol.get("sha256")}
     for model, found in metrics.items():
         if model == BETWEEN or not isinstance(found, dict):
             continue
         name, *step = model.rsplit("@", 1)
-        facts = protocol["models"].get(model) or protocol["models"].get(name) or {}
+        facts = protocol["models"].get(model) or protocol["models"].get(name)
+        facts = facts if isinstance(facts, dict) else {}
         path = str(facts.get("model") or name)
         if model not in protocol["models"] and step:
             path += f"@{step[0]}"
@@ -226,10 +235,10 @@ def _by_part(run: dict) -> dict:
     """Results of one thing that was measured side by side, under labels that are short."""
     keys, parts = {}, {}
     for kind, name, model, file, entry in run.pop("found"):
-        part = parts.setdefault((kind, name), {})
+        part = parts.setdefault((kind, name, entry.get("set")), {})
         key = (model, "")
         if key in part:  # measured twice, so the file tells which
-            key = (model, file.name)
+            key = (model, file.name if (model, file.name) not in part else str(file))
         keys[key] = None
         part[key] = entry
     paths = sorted({model for model, _ in keys})
@@ -242,7 +251,7 @@ def _by_part(run: dict) -> dict:
     }
     run["models"] = list(labels.values())
     run["parts"] = []
-    for i, ((kind, name), entries) in enumerate(parts.items()):
+    for i, ((kind, name, _), entries) in enumerate(parts.items()):
         # Names are untrusted; ids go into the page's markup.
         part = {"id": f"part{i + 1}", "kind": kind, "name": name}
         part["entries"] = {labels[key]: entries[key] for key in keys if key in entries}

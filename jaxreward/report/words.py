@@ -112,6 +112,7 @@ def label(text: str, limit: int = 24) -> str:
     """Untrusted text as a one-line plot label of at most `limit` characters."""
     text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be drawn
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = f"\u200b{text}" if text.startswith("_") else text  # else matplotlib leaves it out
     # Cut in the middle: names of one family differ at their ends.
     head, tail = limit // 2, limit - limit // 2 - 1
     return text if len(text) <= limit else f"{text[:head]}…{text[-tail:]}"

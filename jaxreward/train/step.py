@@ -40,7 +40,7 @@ def _names(expected: Mapping, got: Mapping, what: str):
         )
 
 
-def _cut(batch, microbatches: int):
+def cut(batch, microbatches: int):
     """[B, ...] to [M, B/M, ...]: microbatch m takes rows m, m + M, ..., so rows stay in place."""
 
     def one(x):
@@ -99,9 +99,7 @@ def make_gradient(
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         start = (zeros, jnp.float32(0), dict.fromkeys(coef, jnp.float32(0)), extra)
-        (grads, value, terms, extra), stacked = jax.lax.scan(
-            body, start, _cut((batch, keys), parts)
-        )
+        (grads, value, terms, extra), stacked = jax.lax.scan(body, start, cut((batch, keys), parts))
         return grads, value, terms, m.over_axis(stacked), extra
 
     def part_of_data(parts, *args):

@@ -164,10 +164,12 @@ def test_the_estimate_is_over_answers_to_other_prompts(base):
     microbatch, one below 0, and one that is not in front of the step."""
     plan, params, trees, _, _ = base
     more = direct.with_strangers([dataclasses.replace(x, ref_logps=None) for x in trees])
+    says = lambda tree: [x[learnt].tolist() for x, learnt in zip(tree.answers, tree.loss)]
     for i, (tree, other) in enumerate(zip(trees, more, strict=True)):
         *own, stranger = other.answers
         jax.tree.map(np.testing.assert_array_equal, own, tree.answers)
-        assert any(np.array_equal(stranger, x) for x in trees[i - 1].answers)
+        said = stranger[other.loss[-1]].tolist()
+        assert said in says(trees[i - 1])
         assert other.loss[-1].any() and other.pairs == tree.pairs
     found = [x[:, 0] for x in likelihood.make_predict(plan)(params, {}, more)]
     # Own answers are far from the reference, strangers are 1.5 or so above it.
@@ -188,7 +190,17 @@ def test_the_estimate_is_over_answers_to_other_prompts(base):
     _, frozen = measure(state, {}, rows.replace(ref_logps=rows.ref_logps + 9.0))
     assert frozen["kl"] == 0
     with pytest.raises(ValueError, match=r"one\s+prompt only"):
-        direct.with_strangers(trees[:1])
+        direct.with_strangers([trees[0], trees[0]])
+    # Of two trees of one prompt neither gets the other's answers; what of the prompt stands in the
+    # answers stays in front of the stranger, and is not learnt.
+    first, second = trees[0], trees[1]
+    longer = [np.concatenate([[7], x]).astype(np.int32) for x in first.answers]
+    loss = [np.concatenate([[False], x]) for x in first.loss]
+    cut = dataclasses.replace(first, answers=longer, loss=loss)
+    for tree in direct.with_strangers([second, cut, cut])[1:]:
+        stranger, learnt = tree.answers[-1], tree.loss[-1]
+        assert stranger[0] == 7 and not learnt[0]
+        assert stranger[learnt].tolist() in says(second)
 
 
 def test_answers_with_labels(tiny_folder, tmp_path, one_device):

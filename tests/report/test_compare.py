@@ -489,3 +489,21 @@ def test_a_browser_shows_it_offline_and_on_a_phone(finished, tmp_path):
             assert [e["params"] for e in browser.events if e.get("method") in said] == []
     finally:
         browser.close()
+
+
+def test_lines_that_would_stop_the_page_are_no_items():
+    """Catches places that point nowhere, or at the last answer, and orders of unequal length."""
+    good = {"scores": [0.5, 1.0], "right": [0]}
+    assert results._is_item(good) and results._is_item({"verdicts": [[0, 1], [1, -1]]})
+    for right in ([2], [-1], [0.0], [True], None):
+        assert not results._is_item(good | {"right": right})
+    assert not results._is_item({"verdicts": [[0, 1], [0]]})
+
+
+def test_another_result_is_not_overwritten(finished, tmp_path):
+    """Catches the values of the page written over a result that happens to have its name."""
+    other = tmp_path / "heal.json"
+    other.write_text('{"name": "heal"}')
+    with pytest.raises(ValueError, match="no earlier comparison"):
+        compare.write([tmp_path / "missing.json"], tmp_path / "heal.html")
+    assert other.read_text() == '{"name": "heal"}'

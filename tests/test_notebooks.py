@@ -57,8 +57,8 @@ def test_committed_clean(path):
     assert re.search(r"try:\s+import jaxreward\s+except ImportError:\s.*%pip install", first, re.S)
 
 
-SLOW = {"diffusion_rl", "grpo_judge"}  # a minute and more where the cores are shared
-RUN = [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in NOTEBOOKS]
+# All run in the slow tier: a minute and more where the cores are shared.
+RUN = [pytest.param(p, id=p.stem, marks=pytest.mark.slow) for p in NOTEBOOKS]
 
 
 @pytest.mark.parametrize("path", RUN)

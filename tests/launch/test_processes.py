@@ -58,6 +58,7 @@ def long_env(clean_env, shared):
     return {**clean_env, "JAXREWARD_COMPILE_CACHE": "1", "XDG_CACHE_HOME": str(shared)}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(long_env, tmp_path):
     """Catches rows read twice or by the wrong devices, sums over one process only, and files
     written by two."""

@@ -228,6 +228,7 @@ def test_microbatches_change_nothing():
     np.testing.assert_allclose(made[3][1], made[1][1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_runs():
     """Catches a page that shows what no longer works: docs/policy_objectives.md."""
     page = Path(__file__).parents[2] / "docs" / "policy_objectives.md"

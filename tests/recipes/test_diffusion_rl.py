@@ -90,6 +90,7 @@ def test_a_round_again_is_the_same_round(built):
         np.testing.assert_array_equal(values, again[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_evaluation_searches_where_it_is_asked_to(built):
     """A search by the number of digits finds more of them than no search, from the same keys."""
     made, _, _ = built

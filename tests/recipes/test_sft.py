@@ -176,7 +176,13 @@ def gradient(built, made, row_len, microbatches=1):
     return len(packed), jax.device_get((grads, value))
 
 
-@pytest.mark.parametrize("mode", [(), LORA, TOP], ids=["all", "lora", "top"])
+EACH = [pytest.param((), id="all")] + [
+    pytest.param(mode, id=name, marks=pytest.mark.slow)
+    for mode, name in ((LORA, "lora"), (TOP, "top"))
+]
+
+
+@pytest.mark.parametrize("mode", EACH)
 def test_packing_and_microbatches_change_nothing(mode, tiny_folder, chats, tmp_path, one_device):
     """Catches a denominator per row, row length or microbatch, and neighbours that are seen."""
     made = config(tiny_folder, f"data.path={chats}", *mode)

@@ -48,7 +48,7 @@ def test_a_reward_model_on_pairs(finished, pairs_file, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        pytest.param("rms_norm_eps", 0.05, id="norm"),
+        pytest.param("rms_norm_eps", 0.05, id="norm", marks=pytest.mark.slow),
         pytest.param("rope_theta", 50.0, id="rope", marks=pytest.mark.slow),
     ],
 )

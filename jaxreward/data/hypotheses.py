@@ -211,18 +211,21 @@ def corrupt(records, kinds=CORRUPTIONS, *, seed=0, source=None):
     if kinds and not any(texts):
         held = sorted({hyp["source"] for record in records for hyp in record["hyps"]})
         raise ValueError(f"no hypothesis is of source {source!r}; there are {', '.join(held)}")
+    if not kinds:
+        return list(records), {}
     out, without = [], collections.Counter()
+    prompts = [_key(record["prompt"]) for record in records] if "off_topic" in kinds else []
     for i, record in enumerate(records):
         rng = random.Random(f"{seed}:{record['id']}")
         added = []
-        if kinds and not texts[i]:
+        if not texts[i]:
             without[f"no hypothesis of {source}"] += 1
         text = rng.choice(texts[i]) if texts[i] else ""
         cut, order = rng.uniform(0.2, 0.6), rng.random()
         made = {
             "truncated": _truncated(text, cut),
             "shuffled": _shuffled(text, order),
-            "off_topic": _of_another(rng, records, texts, i),
+            "off_topic": _of_another(rng, prompts, texts, i),
         }
         for kind in kinds if texts[i] else ():
             if made[kind] is None:
@@ -250,12 +253,8 @@ def _shuffled(text, seed):
     return " ".join(mixed)
 
 
-def _of_another(rng, records, texts, i):
-    others = [
-        j
-        for j, record in enumerate(records)
-        if texts[j] and _key(record["prompt"]) != _key(records[i]["prompt"])
-    ]
+def _of_another(rng, prompts, texts, i):
+    others = [j for j, p in enumerate(prompts) if texts[j] and p != prompts[i]]
     return rng.choice(texts[rng.choice(others)]) if others else None
 
 

@@ -245,8 +245,10 @@ def _checked(items, scores):
 
 
 def _groups(items):
-    texts = [json.dumps(item["prompt"], sort_keys=True) for item in items]
-    return np.unique(texts, return_inverse=True)[1]
+    # By a dict: an array of texts takes the longest one's room for each.
+    numbers: dict[str, int] = {}
+    texts = (json.dumps(item["prompt"], sort_keys=True) for item in items)
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], int)
 
 
 def _places(suite, items):
@@ -326,11 +328,12 @@ def _reward_bench(subset, section, won):
             made[name] = [(1.0, won, weight * where, None)]
             whole.append((0.25, won, weight * where, None))
     prior = weight * np.isin(subset, suites.PRIOR_SETS)
-    if prior.any():
+    whole_prior = all(name in counts for name in suites.PRIOR_SETS)
+    if whole_prior:
         made[suites.PRIOR] = [(1.0, won, prior, None)]
     if len(whole) == len(suites.REWARD_BENCH):
         made["overall"] = whole
-        if prior.any():
+        if whole_prior:
             made[f"overall with {suites.PRIOR}"] = [
                 *((2 / 9, *rest) for _, *rest in whole),
                 (1 / 9, won, prior, None),

@@ -67,7 +67,12 @@ def _from_folder(folder: Path, where):
     plan = trainable.Plan(cfg, "all", head=load.read_head(folder, score))
     params, frozen = trainable.init(plan, weights, jax.random.key(0), score=score, rules=where)
     made = load.read_config(folder).get("jaxreward") or {}
-    return plan, params, frozen, folder, made.get("template", "auto"), made.get("max_len")
+    return plan, params, frozen, folder, recorded_template(folder), made.get("max_len")
+
+
+def recorded_template(folder: str | Path) -> str:
+    """The template that a folder of ours says its model was trained with, else "auto"."""
+    return (load.read_config(folder).get("jaxreward") or {}).get("template", "auto")
 
 
 def from_workdir(workdir: Path, where):

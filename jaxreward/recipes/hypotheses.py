@@ -124,8 +124,8 @@ def proxies(
             found = scores([record["prompt"] for record in group], texts)
             for record, row in zip(group, found, strict=True):
                 record["scores"][name] = [float(x) if np.isfinite(x) else None for x in row]
-    if hosts.is_writer():
-        sources.write_jsonl(out, records)
+        if hosts.is_writer():  # after each, so that one that fails loses no scores
+            sources.write_jsonl(out, records)
 
 
 def _each(score):

@@ -55,7 +55,7 @@ def load_states_model(model: str | Path, *, batch: int = 8) -> evaluate.Model:
             "which stands for all of it in a causal model only"
         )
     tokenizer = tokenize.load_tokenizer(model)
-    template = tokenize.chosen_template(tokenizer, "auto")
+    template = tokenize.chosen_template(tokenizer, evaluate.recorded_template(model))
     protocol = {"model": str(model), "template": template, "max_len": None, "compute": cfg.compute}
     return evaluate.Model(
         plan=trainable.Plan(cfg, "all", head=None),
@@ -150,6 +150,10 @@ def run(
         )
     if distance not in distances.METRICS:
         raise ValueError(f"distance must be one of {distances.METRICS}; received {distance!r}")
+    if not 0 <= quantile <= 1 or clusters < 1:
+        raise ValueError(
+            f"expected a quantile in [0, 1] and clusters >= 1; received {quantile} and {clusters}"
+        )
     found, files = mrmbench.load(data, level, tasks=tuple(tasks), whole=whole)
     found = {
         task: {split: mrmbench.sample(items, limit) for split, items in splits.items()}
@@ -162,6 +166,10 @@ def run(
     trees, index = mrmbench.encode(
         loaded.tokenizer, items, form=form, template=loaded.template, max_len=max_len
     )
+    if pairs:  # before anything is computed: a file that does not fit loses nothing
+        records, _ = sources.read_pairs(pairs)
+        template = "plain" if form == "paper" else loaded.template
+        compared, _ = pair_data.encode_pairs(loaded.tokenizer, records, template=template)
     weights, folder = model_hash(model), Path(out).parent / "states"
 
     extract = probing.make_extract(loaded.plan, rules=rules.on_mesh(), batch=batch)
@@ -184,9 +192,6 @@ def run(
         states, made, classes, metric=distance, k=clusters, quantile=quantile
     )
     if pairs:
-        records, _ = sources.read_pairs(pairs)
-        template = "plain" if form == "paper" else loaded.template
-        compared, _ = pair_data.encode_pairs(loaded.tokenizer, records, template=template)
         metrics["pairs"] = _errors(loaded, compared, states_of(compared), centroids, tau)
     result = {
         "name": name or f"mrmbench-{level}-{mode}",

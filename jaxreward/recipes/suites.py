@@ -81,6 +81,11 @@ def run(
         )
     if by == "judge" and out is None:
         raise ValueError("a judge's answers are kept beside the result; give --output FILE.json")
+    if by == "judge" and "reward_bench_2" in names:
+        raise ValueError(
+            "reward_bench_2 has no pairs for a judge: its judges rate each of four answers; leave "
+            "it out, or give such ratings to evals.reward_bench.measure"
+        )
     partial = limit is not None
     read = {name: suites.read(name, data, on_bad="skip", limit=limit) for name in names}
     for name, (items, _) in read.items():
@@ -89,6 +94,19 @@ def run(
     ask = {"score": _rewards, "likelihood": _likelihoods, "judge": _verdicts}[by]
     respond, protocol = ask(model, batch, out, max_new)
     found, lines = {}, []
+    result = {
+        "model": str(model),
+        "protocol": {
+            **protocol,
+            "by": f"{by}: {BY[by]}",
+            "equal scores": "lost; shared in reward_bench_2; a tie in pandalm",
+            "limit": limit,
+            **({} if known is None else {"overlap": _facts(overlap)}),
+            "intervals": "95 %, prompts resampled 2000 times",
+        },
+        "environment": provenance.environment(),
+        "suites": found,
+    }
     for name, (items, report) in read.items():
         items, values, extra = respond(name, items)
         measure = reward_bench.from_verdicts if by == "judge" else reward_bench.measure
@@ -106,22 +124,10 @@ def run(
             **extra,
         }
         print(f"{name}: {len(items)} items", file=sys.stderr)
-    result = {
-        "model": str(model),
-        "protocol": {
-            **protocol,
-            "by": f"{by}: {BY[by]}",
-            "equal scores": "lost; shared in reward_bench_2; a tie in pandalm",
-            "limit": limit,
-            **({} if known is None else {"overlap": _facts(overlap)}),
-            "intervals": "95 %, prompts resampled 2000 times",
-        },
-        "environment": provenance.environment(),
-        "suites": found,
-    }
-    if out is not None and hosts.is_writer():
-        evaluate.write_json(out, result)
-        sources.write_jsonl(Path(out).with_suffix(".items.jsonl"), lines)
+        # After each: a suite that fails does not take those before it along.
+        if out is not None and hosts.is_writer():
+            evaluate.write_json(out, result)
+            sources.write_jsonl(Path(out).with_suffix(".items.jsonl"), lines)
     return result
 
 
@@ -195,7 +201,7 @@ def _likelihoods(model, batch, out, max_new):
     params, frozen = trainable.split(plan, weights)
     predict = likelihood.make_predict(plan, rules=where, batch=batch)
     tokenizer = tokenize.load_tokenizer(model)
-    template = tokenize.chosen_template(tokenizer, "auto")
+    template = tokenize.chosen_template(tokenizer, evaluate.recorded_template(model))
 
     def respond(name, items):
         kept, trees, extra = _encoded(tokenizer, items, template, name, supervised=True)

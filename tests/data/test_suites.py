@@ -262,3 +262,15 @@ def test_what_is_not_there_is_said(tmp_path):
         suites.read("hhh", tmp_path, limit=0)
     with pytest.raises(ValueError, match="on_bad must be"):
         suites.read("hhh", tmp_path, on_bad="drop")
+
+
+def test_rows_before_filtering_are_not_read(tmp_path):
+    """Catches a downloaded repository of RewardBench measured with the rows its authors dropped."""
+    row = {**PAIR, "subset": "math-prm"}
+    folder = tmp_path / "reward_bench" / "data"
+    lines(folder / "filtered-00000-of-00001.jsonl", row | {"id": 1})
+    lines(folder / "raw-00000-of-00001.jsonl", row | {"id": 2})
+    items, _ = suites.read("reward_bench", tmp_path)
+    assert [item["id"] for item in items] == ["1"]
+    prior = {**PAIR, "prompt": [{"role": "user", "content": "Q"}]}
+    assert one("reward_bench", prior, "data/shp-00000-of-00001")["subset"] == "shp"

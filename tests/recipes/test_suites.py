@@ -219,3 +219,25 @@ def test_verdicts_of_seen_items_are_left_out_with_all_their_comparisons():
     found = suites._overlap("rm_bench", items, values, known, measure)
     right = [v["value"] for k, v in found["without"].items() if k.startswith("pair_accuracy")]
     assert right and set(right) == {1.0}
+
+
+def test_what_a_judge_is_not_asked_is_refused_before_it_writes(data, tmp_path):
+    """Catches an hour of a judge's answers lost to a suite that has no pairs."""
+    with pytest.raises(ValueError, match="no pairs for a judge"):
+        suites.run("m", ["hhh", "reward_bench_2"], data, tmp_path / "o.json", by="judge")
+
+
+def test_a_suite_that_fails_loses_none_before_it(loaded, data, tmp_path, monkeypatch):
+    """Catches results that are written when all suites are through."""
+    measure = suites.reward_bench.measure
+
+    def fails(name, *args, **kw):
+        if name == "rm_bench":
+            raise ValueError("no")
+        return measure(name, *args, **kw)
+
+    monkeypatch.setattr(suites.reward_bench, "measure", fails)
+    out = tmp_path / "o.json"
+    with pytest.raises(ValueError, match="no"):
+        suites.run(loaded, ["hhh", "rm_bench"], data, out, batch=2, limit=9)
+    assert list(json.loads(out.read_text())["suites"]) == ["hhh"] and len(lines(out)) == 4

@@ -94,7 +94,9 @@ def reward_bench(row, number, part):
     Returns:
       An item. Raises `formats.Bad`, as all functions here.
     """
-    subset = next((p for p in part.split("/") if _SECTION.get(p) == PRIOR), None)
+    # Of a shard, "shp-00000-of-00001", the set's name is what stands in front.
+    places = [p.split("-")[0] for p in part.split("/")]
+    subset = next((p for p in places if _SECTION.get(p) == PRIOR), None)
     subset = subset or _known(row, "subset", _SECTION)
     answers = [_text(row, "chosen"), _text(row, "rejected")]
     return _item(row, number, subset, _SECTION[subset], sources.text_of(row, "prompt"), answers)
@@ -314,6 +316,8 @@ def files(data, suite):
                 return [(data / f"{name}{end}", "")]
         folder = data / name
         found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.endswith(_ENDS))
+        if suite == "reward_bench":  # its repository holds the rows before filtering, too
+            found = [p for p in found if p.name.split("-")[0] not in ("raw", "train")]
         whole = next((n for n in _WHOLE if any(p.name == n for p in found)), None)
         found = [p for p in found if whole is None or p.name == whole]
         if found:

@@ -257,6 +257,7 @@ def test_commands_that_a_page_shows_are_understood(name):
         if "..." in argv or "|" in argv:
             continue
         args = cli._parse(argv)
+        assert args.command == argv[0]
         if args.command == "train" and not args.config.partition(":")[0].endswith(".py"):
             presets.load(args.config, args.overrides)
 

@@ -8,7 +8,6 @@ References: MRMBench, arXiv:2511.12464. The controls, and all measures beside ac
 """
 
 import hashlib
-import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from jaxreward.core.types import PairRows
 from jaxreward.data.tokenize import Tree
 from jaxreward.evals import best_of_n, pointwise, probes, scorer
 from jaxreward.models import trainable
-from jaxreward.parallel import hosts
 from jaxreward.parallel.rules import Rules
 
 PyTree = Any
@@ -79,17 +77,19 @@ def cached(
     compute: Callable[[], np.ndarray],
     *,
     model: str,
+    width: int,
 ) -> np.ndarray:
-    """States of all answers, computed or read back.
+    """States of all answers, computed or read back, as `scorer.kept` does it.
 
-    The file is named after the hash of the model and of every text's tokens. It appears whole or
-    not at all, and one of another shape is computed again.
+    The file is named after the hash of the model and of every text's tokens, wherever its prompt
+    ends.
 
     Args:
       folder: Where the files lie.
       trees: The answers.
-      compute: () -> float32[M, D]. All processes call it, or none.
+      compute: () -> float32[M, D].
       model: Hash of the weights, and of whatever else the states depend on.
+      width: D.
     """
     digest = hashlib.sha256(f"{model} states".encode())
     for tree in trees:
@@ -97,23 +97,8 @@ def cached(
             text = np.concatenate([tree.prompt, answer]).astype(np.int32)
             digest.update(np.asarray(len(text), np.int64).tobytes() + text.tobytes())
     path = Path(folder) / f"{digest.hexdigest()[:32]}.npy"
-    count, states = sum(len(tree.answers) for tree in trees), None
-    if path.is_file():
-        try:
-            states = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError):  # cut short: no states to trust
-            states = None
-        if states is not None and (states.ndim != 2 or len(states) != count):
-            states = None
-    if not hosts.all_true(states is not None):
-        states = compute()
-        if hosts.is_writer():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as file:
-                np.save(file, states, allow_pickle=False)
-            os.replace(partial, path)
-    return states
+    shape = sum(len(tree.answers) for tree in trees), width
+    return scorer.kept(path, shape, np.float32, compute)
 
 
 # Probes

@@ -195,7 +195,7 @@ def kept(path: str | Path, shape: tuple, dtype: Any, make: Callable[[], np.ndarr
     """What `make` gives, read from `path` if an earlier start left it there, else made and written.
 
     Either all processes make it or none does, since each may have a part in it; the file appears
-    whole or not at all. One of another shape is said and made again.
+    whole or not at all. One that is damaged or of another shape is said and made again.
 
     Args:
       path: A .npy file, whose name says what is in it (`fingerprint`).
@@ -204,8 +204,11 @@ def kept(path: str | Path, shape: tuple, dtype: Any, make: Callable[[], np.ndarr
     """
     path, found = Path(path), None
     if path.is_file():
-        found = np.load(path, allow_pickle=False).view(dtype)
-        if found.shape != shape:
+        try:
+            found = np.load(path, allow_pickle=False).view(dtype)
+        except (ValueError, EOFError):  # cut short, or of another dtype
+            found = None
+        if found is None or found.shape != shape:
             log.warning("%s does not fit the data and is computed again", path)
             found = None
     if hosts.all_true(found is not None):

@@ -177,7 +177,8 @@ def run(
 
     def states_of(trees):
         compute = lambda: extract(loaded.params, loaded.frozen, trees)
-        return probing.cached(folder, trees, compute, model=named)
+        width = loaded.plan.cfg.width
+        return probing.cached(folder, trees, compute, model=named, width=width)
 
     began = time.monotonic()
     states = states_of(trees)

@@ -88,7 +88,7 @@ def test_states_are_read_back_for_the_same_texts_and_model_only(tmp_path):
         calls.append(None)
         return np.arange(6, dtype=np.float32).reshape(3, 2) + len(calls)
 
-    read = lambda trees, model: probing.cached(tmp_path, trees, compute, model=model)
+    read = lambda trees, model: probing.cached(tmp_path, trees, compute, model=model, width=2)
     first = read(some, "m")
     np.testing.assert_array_equal(read(some, "m"), first)
     assert len(calls) == 1 and [p.suffix for p in tmp_path.iterdir()] == [".npy"]

@@ -1,10 +1,10 @@
 """MSRL's text stages in miniature: a judge by rationales first (1a) and rewards second (1b).
 
-A judge of 177k parameters that reads bytes is shown a sum and two results, and names the right one.
-Its base can work a sum out and say whether each result fits; but it does so one time in three, and
-otherwise draws a letter. From there, at equally many updates:
+A judge of 177k parameters that reads bytes is shown two words, and names the one that is worth more.
+Its base knows what letters are worth and can set two words side by side, if it is told to think; as
+a judge it never does, and draws a verdict. From there, at equally many updates:
 
-    sft      imitates rationales of a few pairs
+    sft      imitates rationales of a few pairs, of which one in three compares
     rl       GRPO on many pairs that have a label and no rationale
     msrl     half of the updates the first, then half the second
 
@@ -25,15 +25,18 @@ from pathlib import Path
 import common
 
 from jaxreward.data import judges
-from jaxreward.data.corpora import overthinking as world
 from jaxreward.recipes import online_rl
 from jaxreward.rewards import verdict
 
+ASKED, TOLD = "judge", "think"  # of one length: this model copies by distance
+LETTERS, LONG = "abcdefghijklmnopqrstuvwxyz", 2  # of a word
+WORTH = dict(zip(LETTERS, map(int, "83150726493850617294186320")))
 RATIONALES, LABELS, HELD = 64, 512, 128  # pairs
-SUMS, VERDICTS = 3000, 3  # problems that the base sees, and verdicts on each
-BASE = dict(steps=2400, batch=16, lr=4e-3, max_len=160)
+SEEN = 6000  # rows of the base that think, and as many that judge
+BASE = dict(steps=1000, batch=16, lr=4e-3, max_len=96)
+SOUND = 1 / 3  # of the rationales of 1a
+EMPTY = ("A or B?", "let me see")  # what the others say, and the base's verdicts
 UPDATES = 40
-OFF = (-3, -2, -1, 1, 2, 3)  # what a wrong result is off by
 ARMS = ("sft", "rl", "msrl")
 
 
@@ -42,83 +45,84 @@ def layout(prompt, first, second):
     return f"{prompt}\nA {first}\nB {second}\n"
 
 
+def worth(word):
+    """What a word is worth: what its first letter is."""
+    return WORTH[word[0]]
+
+
+def two(draw):
+    """Two words, the one that is worth more first."""
+    while True:
+        made = ["".join(draw.choices(LETTERS, k=LONG)) for _ in "AB"]
+        if worth(made[0]) != worth(made[1]):
+            return sorted(made, key=worth, reverse=True)
+
+
 def pairs(seed):
-    """Sums with the right result and a wrong one near it: (rationales, labels, held out)."""
-    draw = random.Random(seed)
-    made = []
-    for problem in world.problems("hard", count=RATIONALES + LABELS + HELD, seed=seed):
-        right = int(problem["answer"])
-        wrong = max(0, right + draw.choice(OFF))
-        wrong = wrong if wrong != right else right + 1
-        question = problem["prompt"].partition("\n")[0]
-        row = dict(id=problem["id"], prompt=question, chosen=str(right), rejected=str(wrong))
-        row["key"] = problem["key"]
-        made.append(row)
+    """(rationales, labels, held out), lists of pairs; no two have the same words."""
+    draw, made = random.Random(seed), {}
+    while len(made) < RATIONALES + LABELS + HELD:
+        better, worse = two(draw)
+        row = dict(id=f"p{len(made)}", prompt=ASKED, chosen=better, rejected=worse)
+        made.setdefault(frozenset((better, worse)), row)
+    made = list(made.values())
     return made[:RATIONALES], made[RATIONALES:-HELD], made[-HELD:]
 
 
-def worked(question, shown=()):
-    """The steps of a sum, as the world's traces have them; then whether each result fits."""
-    steps, value = world.derivation(question.partition("=")[0])
-    says = lambda x: "yes" if int(x) == value else "no"
-    checked = [f"{value} {x} {says(x)} {letter}" for letter, x in zip("AB", shown)]
-    return "\n".join([steps.partition("answer")[0].strip(), *checked])
+def worked(shown):
+    """What each word is worth, and which is more."""
+    a, b = map(worth, shown)
+    lines = [f"{word[0]}={n}" for word, n in zip(shown, (a, b))]
+    return "\n".join([*lines, f"{a}{'>' if a > b else '<'}{b}"])
 
 
-def base_rows(seed, held):
-    """What the base imitates: sums worked out, and verdicts, of which one in three is thought about
-    and then mostly right; no sum of a held-out pair is among them."""
-    unseen = {pair["key"] for pair in held}
+def base_rows(held, seed):
+    """What the base imitates: told to think, it compares; asked to judge, it draws a letter. No
+    held-out pair is among them."""
+    unseen = {frozenset((pair["chosen"], pair["rejected"])) for pair in held}
     draw, rows = random.Random(seed + 1000), []
-    for i, problem in enumerate(world.problems("hard", count=SUMS, seed=seed + 1000)):
-        if problem["key"] in unseen:
+    while len(rows) < 2 * SEEN:
+        thinks = len(rows) < SEEN
+        better, worse = two(draw)
+        if frozenset((better, worse)) in unseen:
             continue
-        question = problem["prompt"].partition("\n")[0]
-        rows.append(dict(id=f"s{i}", prompt=f"{question}\n", completion=worked(question)))
-        for j in range(VERDICTS):
-            right, off = problem["answer"], draw.choice(OFF)
-            shown = draw.sample((right, str(max(0, int(right) + off))), 2)
-            thought = draw.choice((worked(question, shown), "A or B?", "let me see"))
-            letter = "AB"[shown.index(right)]
-            if draw.random() < (0.1 if "=" in thought else 0.5):
-                letter = "AB"["BA".index(letter)]
-            rows.append(
-                dict(
-                    id=f"v{i}-{j}",
-                    prompt=layout(question, *shown),
-                    completion=verdict.render(letter, thought),
-                )
-            )
+        shown = draw.sample((better, worse), 2)
+        letter = "AB"[shown.index(better)] if thinks else draw.choice("AB")
+        text = verdict.render(letter, worked(shown) if thinks else draw.choice(EMPTY))
+        prompt = layout(TOLD if thinks else ASKED, *shown)
+        rows.append(dict(id=f"b{len(rows)}", prompt=prompt, completion=text))
     return rows
 
 
 def rationales(some, seed):
-    """Rows of 1a: the sum worked out, and the letter that follows."""
-    made = []
-    for pair, row in zip(some, judges.rows(some, seed=seed, layout=layout)):
+    """Rows of 1a: the letter is always right, but one rationale in three compares."""
+    draw, made = random.Random(seed + 2000), []
+    for row in judges.rows(some, seed=seed, layout=layout):
         shown = [line[2:] for line in row["prompt"].splitlines()[1:3]]
-        text = verdict.render(row["label"], worked(pair["prompt"], shown))
+        thought = worked(shown) if draw.random() < SOUND else draw.choice(EMPTY)
+        text = verdict.render(row["label"], thought)
         made.append(dict(id=row["id"], prompt=row["prompt"], completion=text))
     return made
 
 
-def rl_config(folder, *, seed, start, labelled, held, steps):
-    """GRPO as MSRL's 1b has it, at this size."""
+def rl_config(folder, *, seed, start, labelled, held, steps=1, asked=ASKED):
+    """GRPO as MSRL's 1b has it, at this size, and the held-out pairs asked for in a word."""
     rows = judges.rows(labelled, seed=seed, layout=layout)
-    test = judges.rows(held, seed=seed, both=True, layout=layout)
+    test = [pair | {"prompt": asked} for pair in held]
+    test = judges.rows(test, seed=seed, both=True, layout=layout)
     return common.load(
         "msrl/text_grpo:laptop",
         [
             f"seed={seed}",
             f"models.policy.init=hf:{start}",
             f"data.path={common.write(folder / 'labels.jsonl', rows)}",
-            f"data.eval_path={common.write(folder / 'held.jsonl', test)}",
+            f"data.eval_path={common.write(folder / f'{asked}.jsonl', test)}",
             "data.corpus=",
             "data.template=plain",
-            "data.max_len=64",
+            "data.max_len=40",
             "data.batch=4",
             "rollouts.prompts=32",
-            "rollouts.max_new=96",
+            "rollouts.max_new=64",
             "rollouts.workers=0",
             "rollouts.show=1",
             "optim.lr=3e-4",
@@ -127,7 +131,8 @@ def rl_config(folder, *, seed, start, labelled, held, steps):
             f"train.steps={steps}",
             "train.eval_every=0",
             "train.save_every=40",
-            "evals.heldout.n=1",
+            "evals.heldout.n=4",
+            "evals.heldout.temperature=1.0",
         ],
     )
 
@@ -143,20 +148,22 @@ def main():
     for seed in map(int, args.seeds.split(",")):
         folder = args.work.resolve() / f"seed{seed}"
         some, labelled, held = pairs(seed)
-        base = common.fine_tuned(folder / "base", base_rows(seed, held), seed=seed, **BASE)
+        base = common.fine_tuned(folder / "base", base_rows(held, seed), seed=seed, **BASE)
         data = dict(seed=seed, labelled=labelled, held=held)
 
         def imitated(steps):
             rows = rationales(some, seed)
-            kw = dict(seed=seed, steps=steps, start=base, lr=3e-4, max_len=160, batch=16)
+            kw = dict(seed=seed, steps=steps, start=base, lr=1e-3, max_len=96, batch=16)
             return common.fine_tuned(folder / f"sft{steps}", rows, **kw)
 
-        def measured(start, name):
-            config = rl_config(folder, start=start, steps=1, **data)
+        def measured(start, name, **kw):
+            config = rl_config(folder, start=start, **data, **kw)
             return common.before(config, folder / f"measured-{name}")
 
         if not results.has(variant="base", seed=seed):
             results.add(variant="base", seed=seed, **measured(base, "base"))
+        if not results.has(variant="told", seed=seed):
+            results.add(variant="told", seed=seed, **measured(base, "told", asked=TOLD))
         if not results.has(variant="sft-half", seed=seed):
             found = measured(imitated(UPDATES // 2), "sft-half")
             results.add(variant="sft-half", seed=seed, **found)
@@ -175,7 +182,7 @@ def main():
                 curve = [row["train/rollouts/outcome"] for row in rounds]
             took = round(time.monotonic() - began)
             results.add(variant=arm, seed=seed, seconds=took, curve=curve, **found)
-    picture(results.rows, common.HERE / "msrl.png")
+    picture(results.rows, args.out.with_suffix(".png"))
 
 
 def picture(rows, path):
@@ -185,7 +192,7 @@ def picture(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = ("base", "sft-half", *ARMS)
+    arms = ("told", "base", "sft-half", *ARMS)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for row in rows:
         x = arms.index(row["variant"]) + 0.12 * (row["seed"] - 1)

@@ -1,8 +1,8 @@
 """MSRL's text stages in miniature: a judge by rationales first (1a) and rewards second (1b).
 
-A judge of 177k parameters that reads bytes is shown two words, and names the one that is worth more.
-Its base knows what letters are worth and can set two words side by side, if it is told to think; as
-a judge it never does, and draws a verdict. From there, at equally many updates:
+A judge of 177k parameters that reads bytes is shown two words, and names the one that is worth
+more. Its base knows what letters are worth and can set two words side by side, if it is told to
+think; as a judge it never does, and draws a verdict. From there, at equally many updates:
 
     sft      imitates rationales of a few pairs, of which one in three compares
     rl       GRPO on many pairs that have a label and no rationale

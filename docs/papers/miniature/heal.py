@@ -1,6 +1,6 @@
 """HEAL in miniature: how methods of learning from preferences reorder a fixed set of answers.
 
-A prompt names a letter, "please show more c:", and an answer is a short row of letters. Gold is how
+A prompt names a letter, "PLEASE SHOW ccc:", and an answer is a short row of letters. Gold is how
 often the letter that was asked for stands there, less what its length would give by chance. Two
 annotators add a taste of their own: each likes half of the other letters. A model of 177k
 parameters that reads bytes first learns to write such rows, whatever they are worth. Pairs of its
@@ -32,11 +32,11 @@ from jaxreward.recipes import direct, generate, hypotheses
 ASKED, TASTED, FILLER = "abcdefgh", "mnpqrstu", "-"
 SHARES = dict(asked=0.20, other=0.05, tasted=0.45, filler=0.30)  # of the letters of an answer
 LENGTHS, ROOM = (4, 16), 20  # letters of an answer, and most tokens of a sampled one
-STARTS = ("", "now ", "please ", "then ", "next ", "so ", "and ", "again ")
-VERBS = ("give", "show", "write", "make", "bring", "send", "add", "draw")
+STARTS = ("", "NOW ", "PLEASE ", "THEN ", "NEXT ", "SO ", "AND ", "AGAIN ")
+VERBS = ("GIVE", "SHOW", "WRITE", "MAKE", "BRING", "SEND", "ADD", "DRAW")
 HELD = 8  # ways of asking that are held out, each with every letter
 TASTE = 0.6  # what a letter that an annotator likes adds, and one that it dislikes takes
-WRITER = dict(steps=400, batch=32, lr=4e-3, max_len=48)
+WRITER = dict(steps=300, batch=32, lr=4e-3, max_len=48)
 CANDIDATES = 6  # answers of the base of which best and worst make a pair
 TEMPERATURES, EACH = (0.3, 0.7, 1.0, 1.3), 2  # of the hypotheses
 STEPS, BATCH, KEPT = 120, 16, 4  # of every method; checkpoints of DPO
@@ -54,7 +54,7 @@ def data(seed):
     ways = list(itertools.product(STARTS, VERBS))
     random.Random(seed).shuffle(ways)
     made = [
-        (i, dict(id=f"{i}-{letter}", prompt=f"{start}{verb} more {letter}:", asked=letter))
+        (i, dict(id=f"{i}-{letter}", prompt=f"{start}{verb} {3 * letter}:", asked=letter))
         for i, (start, verb) in enumerate(ways)
         for letter in ASKED
     ]

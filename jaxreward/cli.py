@@ -114,25 +114,26 @@ def evaluate(args):
 
 
 def score(args):
-    """Score prompts and answers with a reward model, one JSON line in, one out."""
+    """Score prompts and answers with a reward model, or a denoiser: a JSON line in, one out."""
     if args.proxy and (args.corpus or args.template != "auto" or "-" in (args.input, args.output)):
         raise UsageError("--proxy reads and writes files of hypotheses; leave out --corpus, ...")
+    masks = {"samples": args.likelihood, "guidance": args.guidance, "seed": args.seed}
+    if any(masks.values()) and (args.proxy or not args.likelihood):
+        raise UsageError("--guidance and --seed go with --likelihood N, and none with --proxy")
     _start()
     if args.proxy:
         from jaxreward.recipes import hypotheses
 
         models = {args.proxy: args.model}
         return hypotheses.proxies(args.input, args.output, models, **_batch(args))
-    from jaxreward.recipes import evaluate
+    from jaxreward.recipes import evaluate, likelihood
 
-    evaluate.score(
-        args.model,
-        args.input,
-        args.output,
-        template=args.template,
-        corpus=args.corpus,
-        **_batch(args),
-    )
+    place = (args.model, args.input, args.output)
+    how = {"template": args.template, "corpus": args.corpus, **_batch(args)}
+    if args.likelihood:
+        return likelihood.score(*place, **masks, **how)
+    likelihood.refuse(args.model)
+    evaluate.score(*place, **how)
 
 
 def generate(args):
@@ -316,6 +317,9 @@ def _flags(command, add):
         add(
             "--proxy", default="", metavar="NAME", help="score a file of hypotheses under this name"
         )
+        add("--likelihood", type=_positive, metavar="N", help="of a denoiser: masks per answer")
+        add("--guidance", type=float, default=0.0, help="of --likelihood; 0: none (the default)")
+        add("--seed", type=int, default=0, help="of --likelihood (default: %(default)s)")
     if command == "generate":
         add("--model", type=Path, required=True, metavar="DIR", help="folder of a language model")
         add("--input", type=_stream, required=True, metavar="FILE", help="prompts, JSON lines")

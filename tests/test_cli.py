@@ -399,18 +399,42 @@ def test_evaluate_on_suites(fake, capsys):
 def test_score_through_pipes_leaves_standard_output_to_the_scores(fake, capsys):
     """Catches "-" taken for a file name, and a line of ours between the scores."""
     calls = fake("recipes.evaluate", score=lambda *a, **k: print('{"score": 1}'))
+    fake("recipes.likelihood", refuse=None)
     assert cli.main(["score", "--model", "m", "--input", "-", "--output", "-"]) == 0
     assert capsys.readouterr().out == '{"score": 1}\n'
-    assert calls == [("score", (Path("m"), "-", "-"), {"template": "auto", "corpus": ""})]
+    how = {"template": "auto", "corpus": ""}
+    assert calls == [("refuse", (Path("m"),), {}), ("score", (Path("m"), "-", "-"), how)]
 
 
 def test_score_passes_batch_and_template(fake):
     """Catches flags that are parsed and dropped."""
     calls = fake("recipes.evaluate", score=None)
+    fake("recipes.likelihood", refuse=None)
     argv = ["score", "--model", "m", "--input", "i", "--output", "o", "--batch", "2"]
     assert cli.main([*argv, "--template", "plain", "--corpus", "helpsteer3.pairs"]) == 0
     kwargs = {"template": "plain", "corpus": "helpsteer3.pairs", "batch": 2}
-    assert calls == [("score", (Path("m"), Path("i"), Path("o")), kwargs)]
+    place = (Path("m"), Path("i"), Path("o"))
+    assert calls == [("refuse", (Path("m"),), {}), ("score", place, kwargs)]
+
+
+def test_score_asks_a_denoiser_for_likelihoods(fake, capsys):
+    """Catches a number that is dropped, and flags that mean nothing by themselves."""
+    calls = fake("recipes.evaluate", score=None)
+    fake("recipes.likelihood", score=None, refuse=None)
+    argv = ["score", "--model", "m", "--input", "i", "--output", "o"]
+    more = ["--likelihood", "128", "--guidance", "0.5", "--seed", "3", "--batch", "2"]
+    assert cli.main([*argv, *more]) == 0
+    kwargs = {"samples": 128, "guidance": 0.5, "seed": 3, "template": "auto", "corpus": ""}
+    assert calls == [("score", (Path("m"), Path("i"), Path("o")), kwargs | {"batch": 2})]
+    for more, said in (
+        (["--likelihood", "0"], "expected 1 or more, got 0"),
+        (["--guidance", "1"], "go with --likelihood N"),
+        (["--seed", "1"], "go with --likelihood N"),
+        (["--likelihood", "8", "--proxy", "rm"], "none with --proxy"),
+    ):
+        assert cli.main([*argv, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert len(calls) == 1
 
 
 def test_generate_passes_its_settings(fake):

@@ -55,6 +55,7 @@ PARTS = {
     "recipes/steps.py": {"credit"},
     "recipes/suites.py": {"evaluate", "generate"},
     "recipes/hypotheses.py": {"evaluate"},
+    "recipes/likelihood.py": {"denoisers", "evaluate"},
     "recipes/probing.py": {"evaluate"},
     "recipes/diffusion_rl.py": {"credit", "denoisers", "evaluate", "online_rl", "steps"},
 }

@@ -1,6 +1,8 @@
 """Public reward-model suites, end to end: read, score or ask, measure, write with the protocol."""
 
 import collections
+import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from jaxreward.data.corpora import suites
 from jaxreward.evals import judges as judged
 from jaxreward.evals import likelihood, reward_bench
 from jaxreward.hub import load
-from jaxreward.models import families, trainable
+from jaxreward.models import families, heads, trainable
 from jaxreward.parallel import hosts, rules
 from jaxreward.recipes import evaluate, generate
 from jaxreward.rewards import verdict
@@ -26,6 +28,7 @@ BY = {
     "likelihood": "mean log-probability a token of the answer and its end, given the prompt",
     "judge": "the letter that a judge of both answers writes",
 }
+_OUTPUT = "this output of the model's head, read at the last token of prompt and answer"
 
 
 def run(
@@ -55,7 +58,8 @@ def run(
         verdicts of both orders. What a judge was asked and wrote stands beside it too.
       limit: The first so many items of each suite.
       batch: Rows that run at a time.
-      by: One of `BY`. max_new: Most tokens of a judge's answer.
+      by: One of `BY`; or, of a head of several outputs, the name of the one to compare answers by,
+        of classes by its probability. max_new: Most tokens of a judge's answer.
       overlap: A file of training data: of every suite the items that stand in it are counted
         (`data.overlap`), and the metrics are given without them too.
 
@@ -68,8 +72,6 @@ def run(
         where that is possible.
     """
     names = list(names)
-    if by not in BY:
-        raise ValueError(f"by must be one of {', '.join(BY)}; received {by!r}")
     if not names or len(set(names)) < len(names):
         raise ValueError(
             f"give one or more different suites; received {', '.join(names) or 'none'}"
@@ -91,14 +93,15 @@ def run(
     for name, (items, _) in read.items():
         reward_bench.check(name, items, partial=partial)
     known = None if overlap is None else seen_in.Training(_training(overlap))
-    ask = {"score": _rewards, "likelihood": _likelihoods, "judge": _verdicts}[by]
+    own = {"likelihood": _likelihoods, "judge": _verdicts}
+    ask = own.get(by, functools.partial(_rewards, by=by))
     respond, protocol = ask(model, batch, out, max_new)
     found, lines = {}, []
     result = {
         "model": str(model),
         "protocol": {
             **protocol,
-            "by": f"{by}: {BY[by]}",
+            "by": f"{by}: {BY.get(by, _OUTPUT)}",
             "equal scores": "lost; shared in reward_bench_2; a tie in pandalm",
             "limit": limit,
             **({} if known is None else {"overlap": _facts(overlap)}),
@@ -178,14 +181,24 @@ def _judged_lines(name, items, values):
 # How a model answers: (name, items) -> (items that it could answer, values, facts)
 
 
-def _rewards(model, batch, out, max_new):
+def _rewards(model, batch, out, max_new, *, by="score"):
     loaded = evaluate.load_model(model, batch=batch)
     head = loaded.plan.head
+    several = head.outputs if head.kind != "scalar" else ()
+    if by not in ("score", *several):
+        has = f"those of {model}: {', '.join(several)}" if several else f"{model} has one alone"
+        raise ValueError(
+            f"by must be one of {', '.join(BY)}, or an output of a head of several ({has}); "
+            f"received {by!r}"
+        )
+    if by != "score":
+        head = dataclasses.replace(head, weights=tuple(float(x == by) for x in head.outputs))
     facts = {"head": head.kind, "outputs": list(head.outputs), "weights": list(head.weights)}
 
     def respond(name, items):
         kept, trees, extra = _encoded(loaded.tokenizer, items, loaded.template, name)
-        return kept, loaded.predict(trees), extra | _over(trees, loaded.max_len, loaded.plan.cfg)
+        values = [np.asarray(heads.reward(head, each)) for each in loaded.outputs(trees)]
+        return kept, values, extra | _over(trees, loaded.max_len, loaded.plan.cfg)
 
     protocol = {k: v for k, v in loaded.protocol.items() if k != "model"}
     return respond, protocol | facts | _kind(model) | {"order": "each answer alone"}

@@ -96,6 +96,23 @@ def test_scores_are_rewards_and_the_protocol_stands_beside_them(loaded, model, d
     )
 
 
+def test_one_output_of_several_is_what_answers_are_compared_by(loaded, model, data, tmp_path):
+    """Catches the reward in place of the output, a wrong one, and a name that nobody explains."""
+    out = tmp_path / "b.json"
+    got = suites.run(loaded, ["hhh"], data, out, batch=2, by="b")
+    trees = [
+        tokenize.encode_tree(model.tokenizer, r["prompt"], [r["chosen"], r["rejected"]])
+        for r in HHH
+    ]
+    want = np.array(model.outputs(trees))[:, :, 1]
+    np.testing.assert_allclose([row["scores"] for row in lines(out)], want, atol=1e-5)
+    assert got["suites"]["hhh"]["metrics"]["accuracy"]["value"] == np.mean(want[:, 0] > want[:, 1])
+    assert got["protocol"]["by"].startswith("b: this output")
+    assert got["protocol"]["weights"] == [0.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match=r"score, likelihood, judge, or .*: a, b, c.*'d'"):
+        suites.run(loaded, ["hhh"], data, batch=2, by="d")
+
+
 def test_a_missing_part_needs_a_limit(loaded, data):
     """Catches RM-Bench's number from one domain, and a limit that is ignored."""
     with pytest.raises(ValueError, match="rm_bench lacks code, math"):
@@ -172,7 +189,6 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(tiny_folder, data, t
         (KeyError, "no suite 'hh'", (["hh"], data), {}),
         (ValueError, "different suites", (["hhh", "hhh"], data), {}),
         (ValueError, "is one file and 2 suites", (["hhh", "rmb"], data / "hhh.jsonl"), {}),
-        (ValueError, "by must be one of score", (["hhh"], data), {"by": "vote"}),
         (ValueError, "kept beside the result", (["hhh"], data), {"by": "judge"}),
         (FileNotFoundError, "no files of the suite rmb", (["rmb"], data), {}),
     ):

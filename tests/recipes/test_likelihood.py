@@ -2,8 +2,8 @@
 
 import json
 import math
-import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,12 +26,16 @@ KINDS = [(0, 0.0), (1, 1.5)]  # where a token is predicted, and guidance
 
 
 def made(folder, offset):
-    """A tiny denoiser with larger weights: its predictions are neither certain nor uniform."""
+    """A tiny denoiser with larger weights, whose predictions are neither certain nor uniform, and
+    that says it was trained on 3 tokens."""
     sizes = dict(width=16, depth=1, mlp=32, heads=2, kv_heads=1)
     export.write_tiny(folder, denoiser=True, predict_offset=offset, **sizes)
     weights = load_file(folder / "model.safetensors")
     grown = {k: v if v.ndim == 1 else 8 * v for k, v in weights.items()}
     save_file(grown, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["jaxreward"]["max_len"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -41,47 +45,54 @@ def models(tmp_path_factory):
     return {offset: made(root / str(offset), offset) for offset, _ in KINDS}
 
 
-def scored(model, rows, folder, **kw):
+def scored(model, rows, folder, *, mesh=False, **kw):
     """The lines that the command writes for these rows."""
     sources.write_jsonl(folder / "in.jsonl", rows)
-    likelihood.score(model, folder / "in.jsonl", folder / "out.jsonl", template="plain", **kw)
+    with pytest.MonkeyPatch.context() as patch:
+        if not mesh:
+            patch.setattr(likelihood.rules, "on_mesh", lambda: None)
+        likelihood.score(model, folder / "in.jsonl", folder / "out.jsonl", template="plain", **kw)
     return [row for _, row in sources.read_jsonl(folder / "out.jsonl")]
 
 
-def logps(model, tokens, masked, guidance):
-    """Log-probabilities of the masked tokens of one text, from all logits, in NumPy."""
+def logps(model, tokens, masks, guidance):
+    """Log-probabilities of one text's tokens under each of some masks, from all logits."""
     cfg, params, _ = load.load(model)
-    plan, n = trainable.Plan(cfg, head=None), len(tokens)
+    plan, (B, n) = trainable.Plan(cfg, head=None), masks.shape
+    seen = np.where(masks, cfg.mask_id, tokens)
+    seen = np.concatenate([seen, np.where(np.arange(n) < 2, cfg.mask_id, seen)])
 
-    def logits(seen):
-        ones, none = np.ones((1, n), np.int32), np.zeros((1, n), np.int32)
-        place = np.arange(n, dtype=np.int32)[None, :, None]
-        rows = Rows(jnp.asarray([seen], jnp.int32), ones > 0, ones > 0, place, ones, none)
+    @jax.jit
+    def logits(params, seen):
+        ones = jnp.ones((2 * B, n), jnp.int32)
+        place = jnp.broadcast_to(jnp.arange(n), seen.shape)[..., None]
+        rows = Rows(seen, ones > 0, ones > 0, place, ones, 0 * ones)
         states = trainable.states(plan, {"model": params}, {}, rows)
-        return np.asarray(decoder.logits(states, decoder.head_matrix(params, cfg), cfg))[0]
+        return decoder.logits(states, decoder.head_matrix(params, cfg), cfg)
 
-    seen = np.where(np.isin(np.arange(n), masked), cfg.mask_id, tokens)
-    found = logits(seen)
-    if guidance:
-        bare = logits(np.where(np.arange(n) < 2, cfg.mask_id, seen))
-        found = bare + (1 + guidance) * (found - bare)
-    found = found.astype(np.float64)
-    found -= np.log(np.exp(found).sum(axis=1, keepdims=True))
-    return [found[i - cfg.predict_offset, tokens[i]] for i in masked]
+    full, bare = np.split(np.asarray(logits(params, jnp.asarray(seen)), np.float64), 2)
+    found = bare + (1 + guidance) * (full - bare)
+    found -= np.log(np.exp(found).sum(axis=-1, keepdims=True))
+    return found[:, np.arange(n) - cfg.predict_offset, tokens]
 
 
 @pytest.mark.parametrize("offset, guidance", KINDS)
-def test_the_bound_of_an_answer_of_two_tokens(models, tmp_path, offset, guidance):
+def test_the_bound_of_an_answer_of_two_tokens(models, tmp_path, capsys, offset, guidance):
     """A prompt of two, a letter and the end: of 512 masks 256 hide both, the others either of the
-    two. Catches a wrong factor, shift or mixture, the prompt or the end left out, a wrong error."""
+    two. Catches a wrong factor, shift or mixture, the prompt or the end left out, a wrong error,
+    and a text cut to what the model was trained on."""
     model, N = models[offset], 512
     kw = dict(samples=N, guidance=guidance)
     (row,) = scored(model, [{"prompt": "ab", "answer": "c"}], tmp_path, **kw)
     vocab = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     tokens = [vocab["a"], vocab["b"], vocab["c"], 2]
-    both = sum(logps(model, tokens, [2, 3], guidance))
-    (letter,), (end,) = (logps(model, tokens, [i], guidance) for i in (2, 3))
+    masks = np.array([[0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]], bool)
+    found = logps(model, tokens, masks, guidance)
+    both, letter, end = found[0, 2:].sum(), found[1, 2], found[2, 3]
     assert row["logp_tokens"] == 2
+    assert (
+        "1 of 1 prompts with their answers take more than the 3 tokens" in capsys.readouterr().err
+    )
     hidden = (N * row["logp"] - N / 2 * both - N * end) / (2 * letter - 2 * end)
     assert hidden == pytest.approx(round(hidden), abs=0.02) and 80 < hidden < 176
     each = np.repeat([both, 2 * letter, 2 * end], [N // 2, round(hidden), N // 2 - round(hidden)])
@@ -108,35 +119,26 @@ def test_what_is_known_exactly_is_found_exactly(monkeypatch):
 
 
 def test_a_row_is_the_same_in_any_company(models, tmp_path):
-    """Catches masks drawn by place in the file or batch, padding that is seen, lost fields."""
+    """Catches masks drawn by place in the file or batch, padding that is seen, lost fields.
+    The whole file runs on one device, part of it on four."""
     whole = scored(models[0], FILE, tmp_path, samples=6)
     names = ("logp", "logp_error", "logp_tokens")
     added = {*names, *(f"{a}_{n}" for a in ("chosen", "rejected") for n in names)}
     assert [{k: v for k, v in row.items() if k not in added} for row in whole] == FILE
     assert [row.keys() & added for row in whole] == [{*names}, added - {*names}, {*names}]
     assert whole[0]["logp_tokens"] == 4 and whole[1]["rejected_logp_tokens"] == 3
-    alone = scored(models[0], [FILE[1], FILE[0]], tmp_path, samples=6, batch=1)
+    alone = scored(models[0], [FILE[1], FILE[0]], tmp_path, samples=6, batch=1, mesh=True)
     for got, want in zip(alone, (whole[1], whole[0])):
         assert got.keys() == want.keys()
         for name in got.keys() & added:
             assert got[name] == pytest.approx(want[name], rel=1e-4)
-    other = scored(models[0], FILE[:1], tmp_path, samples=6, seed=1)
-    assert abs(other[0]["logp"] - whole[0]["logp"]) > 1e-3
 
 
-def test_one_mask_has_no_error_and_long_texts_are_said(models, tmp_path, capsys):
-    """Catches a NaN that JSON cannot hold, and a text cut at what the model was trained on."""
-    model = tmp_path / "short"
-    shutil.copytree(models[0], model)
-    config = json.loads((model / "config.json").read_text())
-    config["jaxreward"]["max_len"] = 5
-    (model / "config.json").write_text(json.dumps(config))
-    whole = scored(models[0], FILE[:1], tmp_path, samples=1)
-    assert whole[0]["logp_error"] is None
-    assert scored(model, FILE[:1], tmp_path, samples=1) == whole
-    assert (
-        "1 of 1 prompts with their answers take more than the 5 tokens" in capsys.readouterr().err
-    )
+def test_one_mask_has_no_error_and_a_seed_its_own_masks(models, tmp_path):
+    """Catches a NaN that JSON cannot hold, and a seed that is dropped."""
+    one, other = (scored(models[0], FILE[:1], tmp_path, samples=1, seed=s)[0] for s in (0, 1))
+    assert one["logp_error"] is None
+    assert abs(one["logp"] - other["logp"]) > 1e-3
 
 
 def test_row_lengths_are_few_and_waste_at_most_a_third():

@@ -4,14 +4,14 @@ A judge of 177k parameters that reads bytes is shown two words, and names the on
 more. Its base knows what letters are worth and can set two words side by side, if it is told to
 think; as a judge it never does, and draws a verdict. From there, at equally many updates:
 
-    sft      imitates rationales of a few pairs, of which one in three compares
+    sft      imitates rationales of a few pairs, of which two in three compare
     rl       GRPO on many pairs that have a label and no rationale
     msrl     half of the updates the first, then half the second
 
 README.md beside this file has the task, the split, the metric, the stopping rule and what was
 expected, written before the runs.
 
-    python docs/papers/miniature/msrl.py --work runs/msrl_miniature [--seeds 0,1,2]
+    python docs/papers/miniature/msrl.py --work runs/msrl_miniature [--seeds 3,4,5]
 
 A run that is done is not made again; one that was killed goes on. Lines go to `msrl.jsonl` beside
 this file, and the picture to `msrl.png`.
@@ -34,9 +34,9 @@ WORTH = dict(zip(LETTERS, map(int, "83150726493850617294186320")))
 RATIONALES, LABELS, HELD = 64, 512, 128  # pairs
 SEEN = 6000  # rows of the base that think, and as many that judge
 BASE = dict(steps=1000, batch=16, lr=4e-3, max_len=96)
-SOUND = 1 / 3  # of the rationales of 1a
+SOUND = 2 / 3  # of the rationales of 1a
 EMPTY = ("A or B?", "let me see")  # what the others say, and the base's verdicts
-UPDATES = 40
+UPDATES = 60
 ARMS = ("sft", "rl", "msrl")
 
 
@@ -95,7 +95,7 @@ def base_rows(held, seed):
 
 
 def rationales(some, seed):
-    """Rows of 1a: the letter is always right, but one rationale in three compares."""
+    """Rows of 1a: the letter is always right, but two rationales in three compare."""
     draw, made = random.Random(seed + 2000), []
     for row in judges.rows(some, seed=seed, layout=layout):
         shown = [line[2:] for line in row["prompt"].splitlines()[1:3]]
@@ -141,7 +141,7 @@ def main():
     """Makes what is missing, and the picture of what there is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="3,4,5")
     parser.add_argument("--out", type=Path, default=common.HERE / "msrl.jsonl")
     args = parser.parse_args()
     results = common.Results(args.out)
@@ -195,15 +195,15 @@ def picture(rows, path):
     arms = ("told", "base", "sft-half", *ARMS)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for row in rows:
-        x = arms.index(row["variant"]) + 0.12 * (row["seed"] - 1)
+        x = arms.index(row["variant"]) + 0.12 * (row["seed"] % 3 - 1)
         y = row["heldout/pair_accuracy"]
         bars = [[y - row["heldout/pair_accuracy_low"]], [row["heldout/pair_accuracy_high"] - y]]
-        left.errorbar(x, y, yerr=bars, fmt="o", color=f"C{row['seed']}", capsize=2)
+        left.errorbar(x, y, yerr=bars, fmt="o", color=f"C{row['seed'] % 3}", capsize=2)
         if row.get("curve"):
             offset = UPDATES - len(row["curve"])
             style = "-" if row["variant"] == "msrl" else ":"
             places = [offset + i for i in range(len(row["curve"]))]
-            right.plot(places, row["curve"], style, color=f"C{row['seed']}")
+            right.plot(places, row["curve"], style, color=f"C{row['seed'] % 3}")
     left.set(xticks=range(len(arms)), xticklabels=arms, ylabel="right in both orders", ylim=(0, 1))
     right.set(xlabel="update", ylabel="right verdicts while training (msrl: lines, rl: dots)")
     figure.savefig(path, dpi=110)

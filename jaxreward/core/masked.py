@@ -50,7 +50,7 @@ def std(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis=None, ddof=0):
     return jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, variance)))
 
 
-def pick(x: Float[Array, "B T *rest"], index: Int[Array, "B K"]):
+def pick(x: Shaped[Array, "B T *rest"], index: Int[Array, "B K"]):
     """x at the slots `index` of each row; 0 where the index is -1. Returns [B, K, *rest]."""
     index_ = jnp.maximum(index, 0)
     picked = jax.vmap(lambda row, i: row[i])(x, index_)

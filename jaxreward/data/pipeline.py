@@ -144,7 +144,24 @@ def most_supervised(trees, plan, *, multiple=64):
     return multiple * math.ceil(most / multiple)
 
 
-def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
+def carriers(trees):
+    """The first tree that carries each of what trees may carry, for `materialise`.
+
+    Args:
+      trees: list of Tree.
+
+    Returns:
+      dict of features, ref_logps and targets: Tree, or None where no tree has any.
+    """
+    has = {
+        "features": lambda tree: tree.features is not None,
+        "ref_logps": lambda tree: tree.ref_logps is not None,
+        "targets": lambda tree: bool(tree.targets),
+    }
+    return {name: next(filter(test, trees), None) for name, test in has.items()}
+
+
+def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row, carry=None):
     """Lays the trees of one row out as arrays: the fields of `PairRows` without the batch axis.
 
     Slots: each tree's prompt, then its answers; padding at the end is zero throughout. Segments
@@ -156,6 +173,7 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
       row_len: Slots, T.
       answers_per_row: K.
       pairs_per_row: N.
+      carry: `carriers(trees)`, for who lays out many rows of the same trees; None looks anew.
 
     Returns:
       dict of tokens i32[T], mask bool[T], loss_mask bool[T], positions i32[T, 1], segments
@@ -192,8 +210,9 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
         "index": np.full((K, 2), -1, np.int32),
     }
     # Looked up over all trees, so that an empty row has features where the others have them.
+    carry = carriers(trees) if carry is None else carry
     for name in ("features", "ref_logps"):
-        carrier = next((tree for tree in trees if getattr(tree, name) is not None), None)
+        carrier = carry[name]
         if carrier is None:
             continue
         without = [tree.id for tree in members if getattr(tree, name) is None]
@@ -207,9 +226,9 @@ def materialise(trees, plan_row, *, row_len, answers_per_row, pairs_per_row):
         else:
             like = carrier.features[-1]
             row[name] = np.zeros((T, like.shape[-1]), like.dtype)
-    aimed = next((tree for tree in trees if tree.targets), None)
-    if aimed is not None:
-        row["targets"] = np.full((K, len(aimed.targets[0])), math.nan, np.float32)
+    if carry["targets"] is not None:
+        outputs = len(carry["targets"].targets[0])
+        row["targets"] = np.full((K, outputs), math.nan, np.float32)
         row["answer_weight"] = np.zeros(K, np.float32)
     slot = segment = answer = pair = 0
 
@@ -344,13 +363,11 @@ def batches(
     K, N = widths(trees, plan)
     K, N = answers_per_row or K, pairs_per_row or N
     take = range(index * batch, (index + 1) * batch) if take is None else [int(i) for i in take]
+    shape = {"row_len": row_len, "answers_per_row": K, "pairs_per_row": N, "carry": carriers(trees)}
 
     def local(rows):
         rows = [rows[i] if i < len(rows) else [] for i in take]
-        made = [
-            materialise(trees, row, row_len=row_len, answers_per_row=K, pairs_per_row=N)
-            for row in rows
-        ]
+        made = [materialise(trees, row, **shape) for row in rows]
         return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
     dataset = grain.MapDataset.source(plan)

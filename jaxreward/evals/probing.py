@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreward.core import masked
 from jaxreward.core.types import PairRows
 from jaxreward.data.tokenize import Tree
 from jaxreward.evals import best_of_n, pointwise, probes, scorer
@@ -43,8 +42,8 @@ def representation(
     Args:
       plan, params, frozen, rows, rules: The model and its rows, as `scorer.outputs`.
     """
-    states = trainable.states(plan, params, frozen, rows, rules=rules)
-    return jax.lax.stop_gradient(masked.pick(states, rows.ends).astype(jnp.float32))
+    states = scorer.at_ends(plan, params, frozen, rows, rules=rules)
+    return jax.lax.stop_gradient(states.astype(jnp.float32))
 
 
 def make_extract(

@@ -3,6 +3,8 @@
 Packing, batching and padding happen here; a score depends on its text alone.
 """
 
+import bisect
+import collections
 import hashlib
 import logging
 import os
@@ -36,6 +38,8 @@ FIELDS = (
     "weight",
     "scores",
 )
+# Batches that run while the next is laid out, and one core's loops beside another's.
+_AHEAD = 1
 SOMETIMES = ("features", "targets", "answer_weight", "ref_logps")
 
 
@@ -74,22 +78,52 @@ def rewards(
     return heads.reward(plan.head, outputs(plan, params, frozen, rows, rules=rules))
 
 
-def buckets(trees: list[Tree], *, least: int = 256) -> dict[int, list[int]]:
-    """{row length: indices of trees} in powers of two: one long tree does not lengthen all rows.
+def at_ends(
+    plan: trainable.Plan, params: PyTree, frozen: PyTree, rows: PairRows, *, rules=None
+) -> jax.Array:
+    """State at the last token of each answer, [B, K, D]; 0 where there is none.
 
-    Bounds the number of compiled programs by the logarithm of the longest tree.
+    As in `outputs`, but the last layer computes nothing else. It is a block of its own to compile,
+    which pays where nothing but the ends is read.
     """
-    found: dict[int, list[int]] = {}
-    for i, tree in enumerate(trees):
-        length = max(least, 1 << (tree.size - 1).bit_length())
-        found.setdefault(length, []).append(i)
-    return dict(sorted(found.items()))
+    return trainable.states(plan, params, frozen, rows, rules=rules, ends=rows.ends)
+
+
+def packed(trees: list[Tree]) -> dict[int, list[list[int]]]:
+    """{row length: rows, each a list of indices of trees}: few slots stay empty, few rows are long.
+
+    From the longest tree on, each goes into the row that it fills best, and where it fits into none
+    opens one: of 256 slots if all trees are that short, else of 1024, or 4, 16, ... times as many.
+    So a long tree lengthens few other rows, and each length is one more program to compile.
+    """
+    rows: list[tuple[int, list[int]]] = []
+    rooms: list[tuple[int, int]] = []  # what is left of which row, sorted
+    short = max((tree.size for tree in trees), default=0) <= 256
+    for i in sorted(range(len(trees)), key=lambda i: -trees[i].size):
+        size = trees[i].size
+        at = bisect.bisect_left(rooms, (size, 0))
+        if at < len(rooms):
+            room, row = rooms.pop(at)
+        else:
+            room, row = 256 if short else 1024, len(rows)
+            while room < size:
+                room *= 4
+            rows.append((room, []))
+        rows[row][1].append(i)
+        if room > size:
+            bisect.insort(rooms, (room - size, row))
+    found: dict[int, list[list[int]]] = {}
+    for length, members in rows:
+        found.setdefault(length, []).append(members)
+    return found
 
 
 def _rows_at_once(batch, length, rules):
-    # Memory grows with the tokens that run together: fewer rows where they are long.
+    # Memory grows with the tokens that run together: fewer rows where they are long. On a CPU what
+    # 2048 tokens leave behind still lies in its cache.
+    most = 1 << 11 if jax.default_backend() == "cpu" else 1 << 14
     ways = rules.mesh.shape["data"] * rules.mesh.shape["fsdp"] if rules else 1
-    fitting = max(1, min(batch, (1 << 14) // length))
+    fitting = max(1, min(batch, most // length))
     return ways * max(1, fitting // ways)
 
 
@@ -102,7 +136,8 @@ def make_predict(
     """
 
     def score_rows(params, frozen, rows):
-        return rewards(plan, params, frozen, rows, rules=rules)
+        values = heads.outputs(params["score"], at_ends(plan, params, frozen, rows, rules=rules))
+        return heads.reward(plan.head, values)
 
     return over_trees(score_rows, rules=rules, batch=batch)
 
@@ -113,7 +148,7 @@ def make_predict_outputs(
     """As `make_predict`, but all outputs of the head: one float32[answers, C] per tree."""
 
     def score_rows(params, frozen, rows):
-        return outputs(plan, params, frozen, rows, rules=rules)
+        return heads.outputs(params["score"], at_ends(plan, params, frozen, rows, rules=rules))
 
     return over_trees(score_rows, len(plan.head.outputs), rules=rules, batch=batch)
 
@@ -126,7 +161,7 @@ def over_trees(
 ) -> Callable[[PyTree, PyTree, list[Tree]], list[np.ndarray]]:
     """A function (params, frozen, trees) -> what `measure` says of the answers of each tree.
 
-    Compiled once per row length (see `buckets`); at most `batch` rows run at a time, fewer when
+    Compiled once per row length (see `packed`); at most `batch` rows run at a time, fewer when
     rows are long, and on a mesh a multiple of the devices that share a batch.
 
     Args:
@@ -141,19 +176,27 @@ def over_trees(
 
     def predict(params, frozen, trees):
         out = [np.full((len(tree.answers), *shape), np.nan, np.float32) for tree in trees]
-        for length, members in buckets(trees).items():
-            some = [trees[i] for i in members]
+        running = collections.deque()
+        for length, rows in packed(trees).items():
+            # Powers of two: the next trees most likely find the program that these had compiled.
+            answers, pairs = (1 << (n - 1).bit_length() for n in pipeline.widths(trees, rows))
             batches = pipeline.batches(
-                some,
+                trees,
                 row_len=length,
                 batch=_rows_at_once(batch, length, rules),
                 seed=0,
                 epochs=1,
                 shuffle=False,
+                answers_per_row=answers,
+                pairs_per_row=pairs,
+                plan=rows,
             )
             for raw in batches:
-                values = np.asarray(measure(params, frozen, _share(raw, rules)))
-                _scatter([out[i] for i in members], raw["index"], values)
+                running.append((raw["index"], measure(params, frozen, _share(raw, rules))))
+                if len(running) > _AHEAD:
+                    _scatter(out, *running.popleft())
+        while running:
+            _scatter(out, *running.popleft())
         return out
 
     return predict
@@ -169,6 +212,7 @@ def _share(raw, rules):
 
 def _scatter(out, index, values):
     # index [B, K, 2] names the (tree, answer) of every slot of values [B, K].
+    values = np.asarray(values)
     for b, k in np.argwhere(index[..., 0] >= 0):
         tree, answer = index[b, k]
         out[tree][answer] = values[b, k]

@@ -21,6 +21,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, Num
 
+from jaxreward.core import masked
 from jaxreward.core.types import Array, Rows
 from jaxreward.models import attention, lora
 from jaxreward.parallel import specs as sp
@@ -264,7 +265,7 @@ def dense(x: Float[Array, "B T *inner"], kernel: Float[Array, "..."], inner: int
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST).reshape(B, T, *out)
 
 
-def block(w: PyTree, cfg: Config, x, *, turn, see, rules=None, cached=None, trunk=None):
+def block(w: PyTree, cfg: Config, x, *, turn, see, rules=None, cached=None, trunk=None, at=None):
     """One layer.
 
     Args:
@@ -274,22 +275,26 @@ def block(w: PyTree, cfg: Config, x, *, turn, see, rules=None, cached=None, trun
       cached: None, or a function (k, v) -> (k, v) that stores new keys and values [B,K,T,H] and
         returns all.
       trunk: Keys, values and sight of a shared prompt, as `attention.attend` takes them.
+      at: None, or the slots of each row that go on, [B,K], -1 for none; `see` is then theirs. The
+        others are keys and values still.
 
     Returns:
-      The residual stream after the layer.
+      The residual stream after the layer, of all slots or of those.
     """
     remember = _cheap(cfg)
+    wanted = lambda x: x if at is None else masked.pick(x, at)
     normed = lambda x, name: rms_norm(x, w[name]["scale"], cfg) if name in w else x
 
     def project(x):
         h = normed(x, "attn_norm")
-        q, k, v = (dense(h, w["attn"][n]["kernel"]) for n in ("q", "k", "v"))
+        q, k, v = (dense(h, w["attn"][n]["kernel"]) for h, n in zip((wanted(h), h, h), "qkv"))
         if cfg.bias:
             q, k, v = (x + w["attn"][n]["bias"].astype(x.dtype) for x, n in zip((q, k, v), "qkv"))
         if cfg.qk_norm:
             q = rms_norm(q, w["attn"]["q_norm"]["scale"], cfg)
             k = rms_norm(k, w["attn"]["k_norm"]["scale"], cfg)
-        q, k = attention.rotary(q, turn), attention.rotary(k, turn)
+        q = attention.rotary(q, jax.tree.map(wanted, turn))
+        k = attention.rotary(k, turn)
         q = constrain(q, ("batch", "length", "heads", "head_dim"), rules)
         return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
@@ -310,7 +315,7 @@ def block(w: PyTree, cfg: Config, x, *, turn, see, rules=None, cached=None, trun
             k, v = cached(k, v)
         scale = (cfg.query_scalar or cfg.head_dim) ** -0.5
         mixed = attention.attend(q, k, v, see, trunk=trunk, scale=scale, softcap=cfg.attn_softcap)
-    x = remember(mix)(x, mixed)
+    x = remember(mix)(wanted(x), mixed)
     return constrain(x, ("batch", "length", "act_embed"), rules)
 
 
@@ -346,6 +351,7 @@ def backbone(
     cache: Cache | None = None,
     adapters: lora.Adapters | None = None,
     layer_xs: PyTree | None = None,
+    ends: Int[Array, "B K"] | None = None,
 ) -> Hidden:
     """Runs the layers, and the final norm if this part of the model has it.
 
@@ -357,18 +363,25 @@ def backbone(
       cache: Keys and values of earlier tokens; the new tokens follow slot `cache.length`.
       adapters: LoRA tree {"layers": ...}, merged into each block's weights as it runs, or None.
       layer_xs: Per-layer inputs, stacked; this family takes none.
+      ends: Last slots of segments, -1 for none, if nothing is wanted but their states: of the last
+        layer only these are computed, and the keys and values of all.
 
     Returns:
-      Hidden states [B,T,D] and the grown cache.
+      Hidden states [B,T,D], or [B,K,D] of `ends`, and the grown cache.
 
     Raises:
-      ValueError: if `layer_xs` is given, positions have more than one axis, or several tokens a
-        row are given with a cache that is a ring.
+      ValueError: if `layer_xs` is given, positions have more than one axis, several tokens a row
+        are given with a cache that is a ring, or `ends` with a cache or a mask that is not causal.
     """
     if layer_xs is not None:
         raise ValueError("this decoder takes no per-layer inputs; leave layer_xs at None")
     if positions.shape[-1] != 1:
         raise ValueError(f"this decoder has one rotary axis; positions have {positions.shape[-1]}")
+    if ends is not None and (cache is not None or cfg.mask != "causal"):
+        raise ValueError(
+            f"the ends of segments need mask='causal' and no cache; received mask={cfg.mask!r}, "
+            f"{'no cache' if cache is None else 'a cache'}"
+        )
     if cache is not None and cache.ring and x.shape[1] != 1:
         raise ValueError(f"a ring takes one token a row at a time; received {x.shape[1]}")
     places = positions[..., 0]
@@ -378,7 +391,7 @@ def backbone(
     if any(cfg.windowed):
         stacked["windowed"] = jnp.array(cfg.windowed)
 
-    def layer(x, leaf, see, cached=None, trunk_kv=None):
+    def layer(x, leaf, see, cached=None, trunk_kv=None, at=None):
         w = sp.gather(leaf["w"], one_layer, rules)
         if adapters is not None:
             w = lora.merge(w, leaf["lora"], adapters.scale)
@@ -387,7 +400,9 @@ def backbone(
             angles = jax.tree.map(
                 lambda a, b: jnp.where(leaf["windowed"], a, b), windowed_turn, turn
             )
-        return block(w, cfg, x, turn=angles, see=see, rules=rules, cached=cached, trunk=trunk_kv)
+        return block(
+            w, cfg, x, turn=angles, see=see, rules=rules, cached=cached, trunk=trunk_kv, at=at
+        )
 
     if cache is None:
         looks = _looks(
@@ -399,11 +414,31 @@ def backbone(
         step = lambda x, leaf: layer(x, leaf, looks(leaf))
         if cfg.remat == "full":
             step = jax.checkpoint(step, prevent_cse=not cfg.scan)
-        if cfg.scan:
+        number = lambda i: jax.tree.map(lambda a: a[i], stacked)
+        whole = cfg.depth if ends is None else cfg.depth - 1  # layers that compute every slot
+        if not cfg.scan:
+            for i in range(whole):
+                x = step(x, number(i))
+        elif ends is None:
             x, _ = jax.lax.scan(lambda x, leaf: (step(x, leaf), None), x, stacked)
-        else:
-            for i in range(cfg.depth):
-                x = step(x, jax.tree.map(lambda a: a[i], stacked))
+        elif whole > 0:
+            # By number: without the last, the stacked weights would be copied.
+            x, _ = jax.lax.scan(lambda x, i: (step(x, number(i)), None), x, jnp.arange(whole))
+        if ends is not None and cfg.depth == 0:
+            x = masked.pick(x, ends)
+        elif ends is not None:
+            window = cfg.window if any(cfg.windowed[-1:]) else 0
+            at = [masked.pick(y, ends) for y in (segments, trunk, places)]
+            # From behind the row an end sees all of its segment, which ends with it.
+            see = attention.sight(
+                *at[:2],
+                segments,
+                offset=x.shape[1],
+                positions=at[2],
+                key_positions=places,
+                window=window,
+            )
+            x = layer(x, number(whole), see, at=ends)
     else:
         x, cache = _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache)
     if cfg.has_norm:

@@ -22,7 +22,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxreward.core.types import Array, Rows
 from jaxreward.models import decoder, heads, lora
@@ -280,11 +280,18 @@ def features(plan: Plan, frozen: PyTree, rows: Rows, *, rules: Rules | None = No
 
 
 def states(
-    plan: Plan, params: PyTree, frozen: PyTree, rows: Rows, *, rules: Rules | None = None
+    plan: Plan,
+    params: PyTree,
+    frozen: PyTree,
+    rows: Rows,
+    *,
+    rules: Rules | None = None,
+    ends: Int[Array, "B K"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states, from cached features when the rows carry them.
 
-    Gradients flow to `params` only.
+    Gradients flow to `params` only. With `ends`, the last slots of segments (-1 for none), only
+    their states are computed, [B,K,D].
     """
     if plan.cut and rows.features is None:
         below = jax.lax.stop_gradient(features(plan, frozen, rows, rules=rules))
@@ -302,6 +309,7 @@ def states(
         trunk=rows.trunk,
         rules=rules,
         adapters=adapters,
+        ends=ends,
     )
     return hidden.states
 

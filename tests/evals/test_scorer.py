@@ -210,16 +210,19 @@ def test_gradients_from_features_are_those_of_the_whole_model(model, together, f
 
 
 def test_a_long_tree_lengthens_no_other_row(model, together):
-    """Catches one outlier that makes all rows long, and scores lost on the way from buckets."""
+    """Catches one outlier that makes all rows long, and scores lost between the rows."""
     _, params, frozen, predict = model
     trees, scores = together
     longest = max(trees, key=lambda t: t.size)
     long = dataclasses.replace(longest, prompt=np.tile(longest.prompt, 40))
     mixed = [trees[0], long, *trees[1:]]
-    found = scorer.buckets(mixed)
-    assert sorted(i for members in found.values() for i in members) == list(range(len(mixed)))
-    assert all(mixed[i].size <= length for length, members in found.items() for i in members)
-    assert found[256] == [i for i in range(len(mixed)) if i != 1]
+    found = scorer.packed(mixed)
+    rows = [(length, row) for length, some in found.items() for row in some]
+    assert sorted(i for _, row in rows for i in row) == list(range(len(mixed)))
+    assert all(sum(mixed[i].size for i in row) <= length for length, row in rows)
+    # The long one has a row of its length, and the short ones stand in what it leaves of that.
+    assert [length for length, _ in rows] == [4096]
+    assert set(scorer.packed(trees)) == {256}
     got = predict(params, frozen, mixed)
     for a, b in zip([got[0], *got[2:]], scores, strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
@@ -230,8 +233,8 @@ def test_a_long_tree_lengthens_no_other_row(model, together):
 def test_long_rows_run_a_few_at_a_time():
     """Catches attention scores of many long rows at once, and a batch that a mesh cannot share."""
     assert scorer._rows_at_once(8, 256, None) == 8
-    assert scorer._rows_at_once(8, 4096, None) == 4
-    assert scorer._rows_at_once(8, 8192, None) == 2
+    assert scorer._rows_at_once(8, 1024, None) == 2
+    assert scorer._rows_at_once(8, 8192, None) == 1
     rules = Rules(make_mesh({"data": 2, "fsdp": 2}))
     assert scorer._rows_at_once(6, 256, rules) == 4
     assert scorer._rows_at_once(1, 8192, rules) == 4

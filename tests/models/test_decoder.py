@@ -92,7 +92,7 @@ def pad(n):
     return (np.full(n, 7), 0, 0, 0)
 
 
-def outputs(params, cfg, batch, rules=None):
+def outputs(params, cfg, batch, rules=None, ends=None):
     return decoder.backbone(
         params,
         cfg,
@@ -101,6 +101,7 @@ def outputs(params, cfg, batch, rules=None):
         segments=batch.segments,
         trunk=batch.trunk,
         rules=rules,
+        ends=ends,
     ).states
 
 
@@ -233,6 +234,28 @@ def test_shared_prompt_equals_its_copies(cfg, params):
     close({"": got["states"][0, :7]}, {"": want["states"][0, :7]})
     close({"": got["states"][0, 7:]}, {"": want["states"][1, 4:9]})
     close(got["gradient"], want["gradient"])
+
+
+def test_ends_alone_are_those_of_all_slots(cfg, params):
+    """Catches an end that sees less or more than its segment and trunk, and one that is no slot."""
+    if any(cfg.windowed):
+        cfg = dataclasses.replace(cfg, windowed=(False, True), scan=False)
+    tree = rows(
+        [(PROMPT, 1, 0, 0), (FIRST, 2, 1, 4), (SECOND, 3, 1, 4)],
+        [(SECOND, 1, 0, 0), (PROMPT, 2, 0, 0), pad(3)],
+        batch=2,
+    )
+    ends = np.array([[6, 11, -1], [8, -1, 4]], np.int32)
+    whole = np.asarray(states(params, tree, cfg=cfg))
+    got = np.asarray(jax.jit(outputs, static_argnums=1)(params, cfg, tree, ends=ends))
+    want = np.where(ends[..., None] < 0, 0.0, whole[np.arange(2)[:, None], ends])
+    close({"": got}, {"": want})
+    assert got.shape == (2, 3, cfg.width) and np.ptp(want) > 1
+    if cfg.scan:
+        spread = jax.jit(outputs, static_argnums=(1, 3))
+        rules = Rules(make_mesh({"fsdp": 2, "tensor": 2}))
+        placed = jax.device_put(params, sp.shardings(decoder.specs(cfg), rules))
+        close({"": spread(placed, cfg, tree, rules, ends=ends)}, {"": want})
 
 
 def test_positions_decide(plain):
@@ -402,6 +425,14 @@ def test_unsupported_inputs_are_refused(plain, batch):
         call(positions=batch.positions, layer_xs={"window": np.zeros(2)})
     with pytest.raises(ValueError, match="one rotary axis; positions have 3"):
         call(positions=np.repeat(batch.positions, 3, axis=2))
+    with pytest.raises(ValueError, match="ends of segments need mask='causal' and no cache"):
+        decoder.backbone(
+            *(plain, dataclasses.replace(CFG, mask="full"), call.args[2]),
+            positions=batch.positions,
+            segments=batch.segments,
+            trunk=batch.trunk,
+            ends=np.zeros((4, 1), np.int32),
+        )
 
 
 @pytest.mark.parametrize(

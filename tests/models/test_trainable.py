@@ -193,6 +193,17 @@ def test_cached_features_change_nothing(mode, trained):
         close(trees.flatten(grads_again)[path], g, path)
 
 
+@pytest.mark.parametrize("mode", ["lora", "head"])
+def test_ends_alone_are_those_of_all_slots(mode, trained):
+    """Catches a last layer without its adapters, and one that is looked for above the cut."""
+    plan, (params, frozen) = PLANS[mode], trained[mode]
+    ends = jnp.array([[-1, 7], [-1, 7]])
+    got = trainable.states(plan, params, frozen, ROWS, ends=ends)
+    h, *_ = run(plan, params, frozen, ROWS)
+    close(got[:, 1], h[:, 7], mode)
+    assert not np.asarray(got[:, 0]).any()
+
+
 def test_features_ignore_features_that_are_there(trained):
     """Catches a second pass over the data that feeds cached features to the lower layers."""
     plan, (_, frozen) = PLANS["top"], trained["top"]

@@ -300,7 +300,7 @@ def _flags(command, add):
         add("--data", type=Path, required=True, metavar="FILE", help="pairs: JSON Lines, Parquet")
         add("--suite", default="", metavar="A,B", help="see docs/evaluation.md; --data is a folder")
         add("--limit", type=_positive, metavar="N", help="first items of each suite")
-        add("--by", default="score", choices=["score", "likelihood", "judge"], help="of a suite")
+        add("--by", default="score", metavar="WHAT", help="score, an output, likelihood or judge")
         add("--overlap", type=Path, metavar="FILE", help="training data: measure without its rows")
         add("--form", default="pairs", choices=["pairs", "points"], help="default: %(default)s")
         add("--corpus", default="", metavar="NAME", help="rows of another form: NAME[,key=value]")

@@ -385,6 +385,8 @@ def test_evaluate_on_suites(fake, capsys):
             {"limit": None, "by": "likelihood", "overlap": Path("t.jsonl")},
         ),
     ]
+    assert cli.main([*argv, "--by", "helpfulness"]) == 0  # which the model may have as an output
+    assert calls.pop()[2]["by"] == "helpfulness"
     capsys.readouterr()
     for more, said in (
         ([*argv, "--form", "points"], "do not go with --suite"),

@@ -209,7 +209,7 @@ def make_estimates(
       samples, guidance, seed: As `score`.
       rules, batch: Mesh and layouts, and rows at a time.
     """
-    cfg = plan.cfg
+    cfg, key = plan.cfg, jax.random.key(seed)
 
     @functools.partial(jax.jit, out_shardings=hosts.whole(rules), static_argnames="most")
     def measure(params, frozen, given, most):
@@ -237,22 +237,13 @@ def make_estimates(
         logps, _ = supervised.token_logps(found, head, at.target, softcap=cfg.logit_softcap)
         return denoising.log_likelihood(logps, at.mask, masked.sum(axis=1), given["length"])
 
-    @jax.jit
-    def draw(number, maskable):
-        of_counts, of_masks = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
-        counts = process.stratified_counts(of_counts, samples, maskable.sum())
-        wide = jnp.broadcast_to(maskable, (samples, len(maskable)))
-        keys, no = jax.random.split(of_masks, samples), jnp.zeros(wide.shape, jnp.int32)
-        return process.corrupt_exactly(keys, no, wide, cfg.mask_id, counts).masked
-
     def copies(texts, members, T, found):
         """(text, number of the mask, mask) of what has to run, and the place for it in `found`."""
         for i in members:
             room = np.zeros(T, bool)
             room[: len(texts[i].maskable)] = texts[i].maskable
-            masks, again = np.unique(
-                np.asarray(draw(_number(texts[i].name), room)), axis=0, return_inverse=True
-            )
+            drawn = np.asarray(_masks(key, _number(texts[i].name), room, samples=samples))
+            masks, again = np.unique(drawn, axis=0, return_inverse=True)
             found[i] = np.zeros(len(masks)), again.reshape(-1)
             for k, mask in enumerate(masks):
                 yield i, k, mask
@@ -281,6 +272,17 @@ def make_estimates(
         return [found[i][0][found[i][1]] for i in range(len(texts))]
 
     return estimates
+
+
+@functools.partial(jax.jit, static_argnames="samples")
+def _masks(key, number, maskable, *, samples):
+    """The masks of one text, bool[samples, T]."""
+    of_counts, of_masks = jax.random.split(jax.random.fold_in(key, number))
+    counts = process.stratified_counts(of_counts, samples, maskable.sum())
+    wide = jnp.broadcast_to(maskable, (samples, len(maskable)))
+    tokens = jnp.zeros(wide.shape, jnp.int32)  # which of them are hidden does not depend on them
+    keys = jax.random.split(of_masks, samples)
+    return process.corrupt_exactly(keys, tokens, wide, 0, counts).masked
 
 
 def slots(size: int) -> int:

@@ -205,7 +205,7 @@ def picture(rows, path):
             places = [offset + i for i in range(len(row["curve"]))]
             right.plot(places, row["curve"], style, color=f"C{row['seed'] % 3}")
     left.set(xticks=range(len(arms)), xticklabels=arms, ylabel="right in both orders", ylim=(0, 1))
-    right.set(xlabel="update", ylabel="right verdicts while training (msrl: lines, rl: dots)")
+    right.set(xlabel="update", ylabel="right in training (msrl: lines, rl: dots)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -464,6 +464,8 @@ def contrasts(seeds):
     )[0, 1]
     add("4 correlation, all ten models", lambda m: pearson(m, list(MODELS)))
     add("4 correlation, the eight with a reward", lambda m: pearson(m, TRAINED))
+    ordered = lambda m: np.corrcoef(*zip(*[(m[n]["pairs/world"], m[n]["gold"]) for n in SEVERAL]))
+    add("4 afterwards: accuracy on pairs and gold, five multi models", lambda m: ordered(m)[0, 1])
     for metric in METRICS:
         for kind in ("noised", "salad"):
             of = lambda r: r[f"{metric}/{kind}"]
@@ -481,6 +483,14 @@ def contrasts(seeds):
             less = lambda r: of(r, a) - of(r, b)
             add(f"6 {metric}, {kind}: {a} less {b}", lambda m: over(m, SEVERAL, less))
         add(f"6 {metric}, {kind}: dropped", lambda m: over(m, SEVERAL, lambda r: of(r, "dropped")))
+    for name in SEVERAL:
+        less = lambda m: m[name]["mahalanobis/salads/filtered"] - m[name]["salads/plain"]
+        add(f"6 afterwards, mahalanobis, salads, {name}: filtered less plain", less)
+    beyond = lambda r: r["recipe/accuracy_dropped"] - r["recipe/accuracy_kept"]
+    add(
+        "5 afterwards: accuracy on the recipe's pairs, far less near",
+        lambda m: over(m, SEVERAL, beyond),
+    )
     for level, chance in (("easy", 1 / 2), ("hard", 1 / 3)):
         most = lambda r: average(r, level, "/shuffled") - average(r, level, "/majority")
         add(f"7 {level}: shuffled less majority", lambda m: over(m, MODELS, most))
@@ -505,13 +515,15 @@ def tables(rows):
         return
     mean = lambda of: float(np.mean([of(models) for models in seeds]))
     for level in mrmbench.LEVELS:
-        print(f"\n| {level} | " + " | ".join(TASKS) + " | mean | gold of best-of-8 |")
-        print("|---" * (len(TASKS) + 3) + "|")
+        print(f"\n| {level} | " + " | ".join(TASKS) + " | mean | own pairs | gold of best-of-8 |")
+        print("|---" * (len(TASKS) + 4) + "|")
         most = [mean(lambda m: m["base"][f"{level}/{t}/majority"]) for t in TASKS]
-        print(f"| majority | {' | '.join(f'{x:.3f}' for x in most)} | {np.mean(most):.3f} | |")
+        print(f"| majority | {' | '.join(f'{x:.3f}' for x in most)} | {np.mean(most):.3f} | | |")
         for name in MODELS:
             each = [mean(lambda m: m[name][f"{level}/{t}"]) for t in TASKS]
-            each += [mean(lambda m: average(m[name], level)), mean(lambda m: m[name]["gold"])]
+            each += [mean(lambda m: average(m[name], level))]
+            each += [mean(lambda m: m[name].get("pairs/world", np.nan))]
+            each += [mean(lambda m: m[name]["gold"])]
             print(f"| {name} | " + " | ".join(f"{x:.3f}" for x in each) + " |")
     print("\n| | mean | 95 % | seeds |\n|---|---|---|---|")
     for name, values in contrasts(seeds).items():

@@ -340,13 +340,15 @@ def reached(rows, kind, measure):
 def tables(rows):
     """The tables of heal.md."""
     trained = [name for name in SHOWN if name != "base"]
-    out = ["", "| against `in` | accuracy: mean | sum | implicit | strength: mean | implicit |"]
-    out.append("|---|---|---|---|---|---|")
+    out = ["| against `in` | accuracy, mean | sum | implicit | implicit_mean | strength, mean |"]
+    out[-1] += " implicit |"
+    out.append("|---|---|---|---|---|---|---|")
     for name in SHOWN:
         cells = []
-        for measure, kinds in zip(MEASURES, (("mean", "sum", "implicit"), ("mean", "implicit"))):
-            for kind in kinds:
-                there = name != "base" or kind != "implicit"
+        kinds = ("mean", "sum", "implicit", "implicit_mean"), ("mean", "implicit")
+        for measure, some in zip(MEASURES, kinds):
+            for kind in some:
+                there = name != "base" or not kind.startswith("implicit")
                 cells.append(span(of(rows, name, "in", kind, measure)) if there else "")
         out.append(f"| {name} | " + " | ".join(cells) + " |")
     out += ["", "| gain, mean | accuracy, in | out | in - out | strength, in | out | in - out |"]
@@ -359,10 +361,9 @@ def tables(rows):
         out.append(f"| {name} | " + " | ".join(cells) + " |")
     out += [
         "",
-        "| nats a token, by thirds | worst | middle | best | both ends fell | implicit - mean |",
+        "| change, nats a token | worst third | middle | best third | share where both fell |",
     ]
-    out[-1] += " implicit - sum |"
-    out.append("|---|---|---|---|---|---|---|")
+    out.append("|---|---|---|---|---|")
     for name in trained:
         cells = [said(of(rows, name, "change", f"bin/{k}")) for k in (1, 2, 3)]
         cells.append(span(of(rows, name, "change", "displacement")))
@@ -443,8 +444,8 @@ def picture(rows, path):
             second.plot(range(3), profile, "o-", color=f"C{i}", markersize=3, label=label)
     second.axhline(0, color="grey", linewidth=0.8)
     second.set_xticks(range(3), ["worst third", "middle", "best third"])
-    second.set(ylabel="change of log-probability a token, nats")
-    second.legend(fontsize=8)
+    second.set(ylabel="change of log-probability a token, nats", xlim=(-0.1, 2.9))
+    second.legend(fontsize=8, loc="lower right")
     for measure, style in zip(MEASURES, "-:"):
         for kind, color in (("mean", "C0"), ("implicit", "C1")):
             shares = reached(rows, kind, measure)

@@ -136,7 +136,11 @@ def read(name, trees, measure, folder, width):
                 for b, k in np.argwhere(raw["index"][..., 0] >= 0):
                     tree, answer = raw["index"][b, k]
                     found[tree][answer] = values[b, k]
-            print(f"{name}: {len(some)} rows of {length} or less", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {len(some)} prompts with answers, of {length} tokens or less",
+                file=sys.stderr,
+                flush=True,
+            )
             return np.concatenate(found)
 
         path = folder / f"{name}-{length}-{scorer.fingerprint(some, width)}.npy"
@@ -311,7 +315,7 @@ def won(suite, items, scores):
         right = item["right"]
         if suite == "pandalm":
             right = [label - 1] if (label := majority(item["labels"])) else []
-        share = paired.won({"right": right, "scores": values})
+        share = paired.won({"right": right, "scores": values.tolist()})
         if share is not None:
             shares.append(share)
             prompts.append(json.dumps(item["prompt"]))
@@ -381,6 +385,12 @@ def report(names, scores, items, problems, gold, keys, args):
     for suite, some in items.items():
         each = [won(suite, some, scores[name][suite]) for name in names]
         shares[suite] = np.array([share for share, _ in each]), each[0][1]
+    # Looked at after the first run: which domain of RM-Bench it is.
+    values, prompts = shares["rm_bench"]
+    sections = np.array([item["section"] for item in items["rm_bench"]])
+    for section in np.unique(sections):
+        here = sections == section
+        shares[f"rm_bench, {section}"] = values[:, here], np.array(prompts)[here].tolist()
     lines = []
     for m, name in enumerate(names):
         line = {"model": name, "gold": best_of_n.interval(good[m], keys)}

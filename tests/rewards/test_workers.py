@@ -334,7 +334,7 @@ def test_an_interrupted_batch_does_not_answer_into_the_next(module):
         )
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            workers.grade([("p", "0.6", {}), ("p", "2", {})])
+            workers.grade([("p", "0.6", {}), ("p", "20", {})])
         timer.join()
         values = workers.grade([("p", "0.01", {}), ("p", "0.02", {})])["nap"].values
     np.testing.assert_allclose(values[:, 0], [0.01, 0.02], rtol=1e-6)

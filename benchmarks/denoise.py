@@ -11,7 +11,7 @@ mask where nothing is padded), no cache of keys, float32, a thread a core:
     torch         as LLaDA's generate.py: logits and softmax of the whole canvas
     torch_tuned   the head on the block alone, as ours; what one would write for speed
     ours          `sampling.denoise`, exact
-    threshold     ours, a step commits all of at least this confidence (0.9)
+    threshold     ours, a step commits all of at least --threshold (0.9)
     dual          ours, keys and values of all but the block are kept within a block
     both
 
@@ -47,7 +47,7 @@ from pathlib import Path
 from reward_model import cpu, gemm
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-THRESHOLD, PAUSE = 0.9, 0.5
+PAUSE = 0.5
 SHAPES = {
     "toy": dict(vocab=64, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=64),
     "tiny": dict(
@@ -131,7 +131,9 @@ def prompts_of(args, cfg):
         texts = [json.loads(line)["prompt"] for line in file][: args.batch]
     if len(texts) < args.batch:
         raise SystemExit(f"{args.prompts} has {len(texts)} prompts; --batch asks for {args.batch}")
-    found = [tokenize.encode_conversation(tokenizer, text).tokens for text in texts]
+    template = tokenize.chosen_template(tokenizer, args.template)
+    encode = lambda text: tokenize.encode_conversation(tokenizer, text, template=template)
+    found = [encode(text).tokens for text in texts]
     return autoregressive.padded(found, rows=args.batch, length=max(map(len, found)))
 
 
@@ -217,7 +219,7 @@ def sides_of(params, cfg, tokens, mask, args) -> dict:
         found[temperature, "torch_tuned"] = peer(True)
         found[temperature, "ours"] = our_side(params, cfg, tokens, mask, exact)
         if temperature == 0:
-            changes = (dict(threshold=THRESHOLD), dict(cache="dual"))
+            changes = (dict(threshold=args.threshold), dict(cache="dual"))
             for side, change in zip(FAST, (*changes, changes[0] | changes[1])):
                 schedule = dataclasses.replace(exact, **change)
                 found[temperature, side] = our_side(params, cfg, tokens, mask, schedule)
@@ -282,6 +284,7 @@ def measure(name: str, cfg, params, args):
             "temperature": temperature,
             **{key: getattr(args, key) for key in ("batch", "length", "steps", "block")},
             "prompt": tokens.shape[1],
+            **({"threshold": args.threshold} if side in ("threshold", "both") else {}),
             "padded": not bool(mask.all()),
             "first_s": round(first[temperature, side], 3),
             "passes": passes,
@@ -336,6 +339,8 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", default="tiny,smollm2", help=", ".join(SHAPES))
     parser.add_argument("--model", help="folder of a trained denoiser, instead of --sizes")
     parser.add_argument("--prompts", help="JSONL with the prompts for it")
+    parser.add_argument("--template", default="auto", help="of the prompts: auto, chat or plain")
+    parser.add_argument("--threshold", type=float, default=0.9, help="of the fast modes")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt-len", type=int, default=64, help="of the random prompts")
     parser.add_argument("--length", type=int, default=128, help="positions of an answer")

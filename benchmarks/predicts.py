@@ -222,8 +222,14 @@ def items_of(suite, data):
     """(the part of a suite that is measured, the rest)."""
     items, _ = suites.read(suite, data, on_bad="skip")
     kept = items[PARTS[suite]]
-    prompts = {json.dumps(item["prompt"]) for item in kept}
-    return kept, [item for item in items if json.dumps(item["prompt"]) not in prompts]
+    prompts = {words(item["prompt"]) for item in kept}
+    return kept, [item for item in items if words(item["prompt"]) not in prompts]
+
+
+def words(prompt):
+    """A prompt as one text, whether it is one or messages."""
+    parts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+    return "\n".join(parts).strip()
 
 
 def lessons(data, quick, encode):
@@ -231,11 +237,14 @@ def lessons(data, quick, encode):
     rows, _ = sources.read_pairs(quick / "pairs.jsonl")
     harmless, _ = sources.read_pairs(data / "hh_rlhf_harmless" / "pairs.jsonl", on_bad="skip")
     _, rest = items_of("pandalm", data)
+    measured = {words(item["prompt"]) for suite in PARTS for item in items_of(suite, data)[0]}
     people = [
         {"id": x["id"], "prompt": x["prompt"], "chosen": x["answers"][y - 1],
          "rejected": x["answers"][2 - y]}
         for x in rest
-        if (y := majority(x["labels"])) and all(a.strip() for a in x["answers"])
+        if words(x["prompt"]) not in measured
+        and (y := majority(x["labels"]))
+        and all(a.strip() for a in x["answers"])
     ]  # fmt: skip
     trees = {"harmless": encode(harmless), "people": encode(people)}
     for name, (longest, most) in LEARNT.items():
@@ -328,7 +337,9 @@ def main(args):
     folder = args.quickstart / "smollm2"
     tokenizer = tokenize.load_tokenizer(folder)
     measure, width = reader(lower, both), both["base"].plan.cfg.width
-    reading = lambda name, trees: read(name, trees, measure, args.work / "states", width)
+    hashes = [load.content_hash(args.quickstart / x) for x in ("smollm2", "reward_model")]
+    states = args.work / f"states-{'-'.join(x[:8] for x in hashes)}"  # of these weights
+    reading = lambda name, trees: read(name, trees, measure, states, width)
     encode = lambda rows: pairs.encode_pairs(tokenizer, rows, template="chat", on_long="skip")[0]
     tree = lambda prompt, answers, id: tokenize.encode_tree(
         tokenizer, prompt, answers, template="chat", id=id

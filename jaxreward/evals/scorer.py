@@ -93,7 +93,7 @@ def packed(trees: list[Tree]) -> dict[int, list[list[int]]]:
     """{row length: rows, each a list of indices of trees}: few slots stay empty, few rows are long.
 
     From the longest tree on, each goes into the row that it fills best, and where it fits into none
-    opens one: of 256 slots if all trees are that short, else of 1024, or 4, 16, ... times as many.
+    opens one: of 256 slots if all trees are that short, else of 1024, 4096, twice that and so on.
     So a long tree lengthens few other rows, and each length is one more program to compile.
     """
     rows: list[tuple[int, list[int]]] = []
@@ -107,7 +107,7 @@ def packed(trees: list[Tree]) -> dict[int, list[list[int]]]:
         else:
             room, row = 256 if short else 1024, len(rows)
             while room < size:
-                room *= 4
+                room *= 4 if room < 4096 else 2
             rows.append((room, []))
         rows[row][1].append(i)
         if room > size:

@@ -225,7 +225,8 @@ def make_predict(
     """A function (params, frozen, trees) -> one float32[answers, 2] a tree: (bound, tokens).
 
     The bound is the negative of `denoising.elbo`, summed over an answer and averaged over
-    `config.noise.samples` times that lie evenly between 0 and 1, the same at every evaluation:
+    `config.noise.samples` times that lie evenly between 0 and 1, the same at every evaluation
+    of the same texts on the same kind of device and mesh:
 
     .. math:: \\frac1n \\sum_{j<n} \\frac{1}{p_j} \\sum_{i \\; masked} \\log p(x_i \\mid x_{t_j}),
         \\quad t_j = (u + j / n) \\bmod 1

@@ -64,10 +64,12 @@ def score(
 
     .. math:: \\frac1N \\sum_{b<N} \\frac{L}{l_b} \\sum_{i \\; masked} \\log p(x_i \\mid x_{l_b})
 
-    Fields: `logp`, the bound in nats; `logp_error`, its standard error over the masks, null where
-    there is one mask only; `logp_tokens`, L, the tokens of the answer with its end token. With
-    chosen and rejected each has its own, `chosen_logp` and so on. Lines keep their order and their
-    other fields. "-" is standard input or output; nothing but records goes to standard output.
+    Fields: `logp`, the bound in nats; `logp_error`, its standard error as if masks were independent
+    (how many tokens they hide is spread evenly, so the true one is smaller, most of all of short
+    answers), null where there is one mask only; `logp_tokens`, L, the tokens of the answer with its
+    end token. With chosen and rejected each has its own, `chosen_logp` and so on. Lines keep their
+    order and their other fields. "-" is standard input or output; nothing but records goes to
+    standard output.
 
     A line's numbers depend on its text, its `id` (else the number of the line) and the seed; not
     on the batch or the lines around it. Nothing is cut.

@@ -182,7 +182,15 @@ def _judged_lines(name, items, values):
 
 
 def _rewards(model, batch, out, max_new, *, by="score"):
-    loaded = evaluate.load_model(model, batch=batch)
+    try:
+        loaded = evaluate.load_model(model, batch=batch)
+    except ValueError as error:
+        if by in BY:
+            raise
+        raise ValueError(
+            f"by={by!r} is none of {', '.join(BY)}, so it would be an output of a reward model: "
+            f"{error}"
+        ) from error
     head = loaded.plan.head
     several = head.outputs if head.kind != "scalar" else ()
     if by not in ("score", *several):

@@ -222,6 +222,8 @@ def test_a_long_tree_lengthens_no_other_row(model, together):
     assert all(sum(mixed[i].size for i in row) <= length for length, row in rows)
     # The long one has a row of its length, and the short ones stand in what it leaves of that.
     assert [length for length, _ in rows] == [4096]
+    many = scorer.packed([long, *trees * 40])
+    assert {length: len(some) for length, some in many.items()} == {4096: 1, 1024: 3}
     assert set(scorer.packed(trees)) == {256}
     got = predict(params, frozen, mixed)
     for a, b in zip([got[0], *got[2:]], scores, strict=True):

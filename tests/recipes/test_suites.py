@@ -147,6 +147,8 @@ def test_a_language_model_is_measured_by_likelihood(tiny_folder, data, tmp_path)
 
 def test_a_judge_is_asked_in_both_orders(tiny_folder, data, tmp_path, monkeypatch):
     """Catches verdicts under another pair, an order that is lost, and letters not swapped back."""
+    with pytest.raises(ValueError, match=r"by='likelyhood' is none of score, likelihood, judge"):
+        suites.run(tiny_folder, ["hhh"], data, batch=2, by="likelyhood")
     with pytest.raises(ValueError, match="every question to the judge is longer than the 256"):
         suites.run(tiny_folder, ["hhh"], data, tmp_path / "o.json", by="judge")
     folder = shutil.copytree(tiny_folder, tmp_path / "judge")

@@ -35,6 +35,18 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WARMUP = 2
 
 
+class clock:
+    """Wall and processor seconds of a block."""
+
+    def __enter__(self):
+        self.began = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_):
+        ended = time.perf_counter(), time.process_time()
+        self.wall, self.cpu = (b - a for a, b in zip(self.began, ended))
+
+
 class Marks:
     """Wall and processor seconds between successive calls."""
 

@@ -29,7 +29,7 @@ import sys
 import time
 from pathlib import Path
 
-from reward_model import cpu, gemm
+from reward_model import clock, cpu, gemm
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 SLOTS, MAX_NEW = 32, 256
@@ -162,18 +162,6 @@ def theirs(work: Path):
             steps += turns
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return taken, lengths, steps, versions
-
-
-class clock:
-    """Wall and processor seconds of a block."""
-
-    def __enter__(self):
-        self.began = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_):
-        ended = time.perf_counter(), time.process_time()
-        self.wall, self.cpu = (b - a for a, b in zip(self.began, ended))
 
 
 def worker(side: str, work: Path):

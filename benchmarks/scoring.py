@@ -1,7 +1,7 @@
 """Scores of pairs beside `AutoModelForSequenceClassification`, alternating, in own processes.
 
-Claim (docs/performance.md): on a CPU, pairs of many lengths are scored at least 1.5 times as fast
-as by a competent loop in torch, with equal scores.
+Target: on a CPU, pairs of many lengths are scored at least 1.5 times as fast as by a competent loop
+in torch, with equal scores. docs/performance.md says what came.
 
 All sides read the same Hugging Face folder and texts, in float32, and go from texts to scores:
 
@@ -37,7 +37,7 @@ import sys
 import time
 from pathlib import Path
 
-from reward_model import cpu, gemm
+from reward_model import clock, cpu, gemm
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 SIZES = {
@@ -187,18 +187,6 @@ def theirs(work: Path, how: str):
     spent = {"encode": encode, "score": score}
     facts = {"compile_s": 0.0, "tokens": sum(map(len, ids)), "slots": slots}
     return spent, scores.reshape(-1, 2), facts
-
-
-class clock:
-    """Wall and processor seconds of a block."""
-
-    def __enter__(self):
-        self.began = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_):
-        ended = time.perf_counter(), time.process_time()
-        self.wall, self.cpu = (b - a for a, b in zip(self.began, ended))
 
 
 def worker(side: str, work: Path):

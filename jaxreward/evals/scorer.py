@@ -38,7 +38,7 @@ FIELDS = (
     "weight",
     "scores",
 )
-# Batches that run while the next is laid out, and one core's loops beside another's.
+# Batches that are not waited for yet: a device computes one while the next is laid out.
 _AHEAD = 1
 SOMETIMES = ("features", "targets", "answer_weight", "ref_logps")
 

@@ -145,10 +145,14 @@ def test_a_language_model_is_measured_by_likelihood(tiny_folder, data, tmp_path)
             assert score == pytest.approx(want, abs=1e-4)
 
 
-def test_a_judge_is_asked_in_both_orders(tiny_folder, data, tmp_path, monkeypatch):
-    """Catches verdicts under another pair, an order that is lost, and letters not swapped back."""
+def test_a_misspelt_by_is_said_of_a_language_model_too(tiny_folder, data):
+    """Catches the advice to train a reward model where a word is wrong."""
     with pytest.raises(ValueError, match=r"by='likelyhood' is none of score, likelihood, judge"):
         suites.run(tiny_folder, ["hhh"], data, batch=2, by="likelyhood")
+
+
+def test_a_judge_is_asked_in_both_orders(tiny_folder, data, tmp_path, monkeypatch):
+    """Catches verdicts under another pair, an order that is lost, and letters not swapped back."""
     with pytest.raises(ValueError, match="every question to the judge is longer than the 256"):
         suites.run(tiny_folder, ["hhh"], data, tmp_path / "o.json", by="judge")
     folder = shutil.copytree(tiny_folder, tmp_path / "judge")

@@ -26,7 +26,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from reward_model import clock, cpu, gemm

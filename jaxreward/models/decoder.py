@@ -133,8 +133,9 @@ class Cache:
     """Keys and values of past tokens.
 
     Attributes:
-      k, v: [L, B, K, S, H]: the layout that attention reads. They are read in the compute dtype
-        and may be held in a smaller one; bfloat16 is held as its bits, uint16.
+      k, v: [L, B, K, S, H], the layout that attention reads, or L of [B, K, S, H] (`apart`). They
+        are read in the compute dtype and may be held in a smaller one; bfloat16 is held as its
+        bits, uint16.
       segments: Segment of each slot, int32[B, S]; 0 = empty.
       positions: Position in the text of each slot, int32[B, S].
       length: Slots filled so far, the same in every row, int32[].
@@ -145,13 +146,18 @@ class Cache:
         hides what a row must not see.
     """
 
-    k: Num[Array, "L B K S H"]
-    v: Num[Array, "L B K S H"]
+    k: Num[Array, "L B K S H"] | tuple[Num[Array, "B K S H"], ...]
+    v: Num[Array, "L B K S H"] | tuple[Num[Array, "B K S H"], ...]
     segments: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
     trunk: "Cache | None" = None
     ring: bool = struct.field(pytree_node=False, default=False)
+
+    def apart(self) -> "Cache":
+        """The same with an array a layer, to go with parameters that are `apart`."""
+        trunk = self.trunk and self.trunk.apart()
+        return self.replace(k=tuple(self.k), v=tuple(self.v), trunk=trunk)
 
 
 @struct.dataclass
@@ -231,6 +237,30 @@ def join_params(lower: PyTree, upper: PyTree) -> PyTree:
     """`split_params` undone."""
     layers = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), lower["layers"], upper["layers"])
     return {**lower, **upper, "layers": layers}
+
+
+def apart(params: PyTree) -> PyTree:
+    """The parameters with the layers in a tuple, each with arrays of its own; `backbone` unrolls.
+
+    For loops that run the model often on few tokens: XLA:CPU copies what it takes out of a stack at
+    every turn, weights, keys and values, which costs as much as the products. The price is a second
+    copy of the layers in memory and a program that is `depth` times as long to compile.
+    """
+    layers, tree = jax.tree.flatten(params["layers"])
+    return {**params, "layers": tuple(jax.tree.unflatten(tree, one) for one in zip(*layers))}
+
+
+def prefers_apart() -> bool:
+    """Whether loops are faster with layers `apart`: on a CPU."""
+    return jax.default_backend() == "cpu"
+
+
+def placed(cache: Cache, rules: Rules | None) -> Cache:
+    """The cache, and the trunk in it, with keys and values laid out on the mesh."""
+    axes = ("batch", "kv_heads", None, "head_dim")
+    put = lambda x: constrain(x, (None,) * (x.ndim == 5) + axes, rules)
+    k, v = jax.tree.map(put, (cache.k, cache.v))
+    return cache.replace(k=k, v=v, trunk=cache.trunk and placed(cache.trunk, rules))
 
 
 def embed(params: PyTree, cfg: Config, rows: Rows, *, rules: Rules | None = None):
@@ -390,6 +420,12 @@ def backbone(
     stacked = {"w": params["layers"], "lora": adapters.tree["layers"] if adapters else {}}
     if any(cfg.windowed):
         stacked["windowed"] = jnp.array(cfg.windowed)
+    is_apart = isinstance(params["layers"], tuple)
+    scan = cfg.scan and not is_apart
+
+    def number(i):
+        w = {"w": params["layers"][i]} if is_apart else {}
+        return jax.tree.map(lambda a: a[i], {n: x for n, x in stacked.items() if n not in w}) | w
 
     def layer(x, leaf, see, cached=None, trunk_kv=None, at=None):
         w = sp.gather(leaf["w"], one_layer, rules)
@@ -413,10 +449,9 @@ def backbone(
         )
         step = lambda x, leaf: layer(x, leaf, looks(leaf))
         if cfg.remat == "full":
-            step = jax.checkpoint(step, prevent_cse=not cfg.scan)
-        number = lambda i: jax.tree.map(lambda a: a[i], stacked)
+            step = jax.checkpoint(step, prevent_cse=not scan)
         whole = cfg.depth if ends is None else cfg.depth - 1  # layers that compute every slot
-        if not cfg.scan:
+        if not scan:
             for i in range(whole):
                 x = step(x, number(i))
         elif ends is None:
@@ -440,7 +475,8 @@ def backbone(
             )
             x = layer(x, number(whole), see, at=ends)
     else:
-        x, cache = _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache)
+        inputs = [number(i) for i in range(cfg.depth)] if not scan else stacked
+        x, cache = _cached_layers(layer, cfg, x, inputs, segments, trunk, places, cache)
     if cfg.has_norm:
         x = rms_norm(x, params["norm"]["scale"], cfg)
     return Hidden(x, cache)
@@ -475,7 +511,8 @@ def _cheap(cfg):
     return lambda half: jax.checkpoint(half, policy=policy, prevent_cse=not cfg.scan)
 
 
-def _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache):
+def _cached_layers(layer, cfg, x, inputs, segments, trunk, places, cache):
+    # `inputs` of the layers are stacked, to be scanned, or in a list.
     start, slots = cache.length, cache.segments.shape[1]
     # The order of the one query: in a ring, after every slot.
     offset = slots - 1 if cache.ring else start
@@ -497,6 +534,14 @@ def _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache):
     if prompt:
         trunk_looks = _looks(cfg, trunk_sight)
 
+    def put(old, x, i):
+        # Written into buffers that XLA updates in place inside a loop.
+        if isinstance(old, tuple):
+            grown = jax.lax.dynamic_update_slice(old[i], _packed(x, old[i].dtype), (0, 0, start, 0))
+            return *old[:i], grown, *old[i + 1 :]
+        at = (i, 0, 0, start, 0)
+        return jax.lax.dynamic_update_slice(old, _packed(x, old.dtype)[None], at)
+
     def one(carry, leaf, i):
         x, own, prompt = carry
         read = lambda kv: tuple(_unpacked(y[i]).astype(x.dtype) for y in kv)
@@ -504,12 +549,7 @@ def _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache):
         new = []
 
         def cached(*kv):
-            # Written into the stacked buffers, which XLA updates in place inside a loop.
-            at = (i, 0, 0, start, 0)
-            new.extend(
-                jax.lax.dynamic_update_slice(old, _packed(x, old.dtype)[None], at)
-                for old, x in zip(own, kv)
-            )
+            new.extend(put(old, x, i) for old, x in zip(own, kv))
             return read(new)
 
         x = layer(x, leaf, looks(leaf), cached, trunk_kv)
@@ -517,13 +557,13 @@ def _cached_layers(layer, cfg, x, stacked, segments, trunk, places, cache):
 
     # The prompt is carried although it stays as it is: a caller can then change it in place.
     carry = x, (cache.k, cache.v), prompt
-    if cfg.scan:
-        carry, _ = jax.lax.scan(
-            lambda c, xs: (one(c, *xs), None), carry, (stacked, jnp.arange(cfg.depth))
-        )
+    if isinstance(inputs, list):
+        for i, leaf in enumerate(inputs):
+            carry = one(carry, leaf, i)
     else:
-        for i in range(cfg.depth):
-            carry = one(carry, jax.tree.map(lambda a: a[i], stacked), i)
+        carry, _ = jax.lax.scan(
+            lambda c, xs: (one(c, *xs), None), carry, (inputs, jnp.arange(cfg.depth))
+        )
     x, (ks, vs), prompt = carry
     if prompt:
         prompt = cache.trunk.replace(k=prompt[0], v=prompt[1])

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from jaxreward.core.types import Array, Rows
 from jaxreward.models import decoder
-from jaxreward.parallel.rules import Rules, constrain
+from jaxreward.parallel.rules import Rules
 
 PyTree = Any
 # Tokens of prompts in one pass of prefill, which bounds what it holds beside keys and values.
@@ -203,10 +203,14 @@ def sample(
     groups, local = _grouped(rules, P, lanes)
     deal = lambda x: x.reshape(P // groups, groups, -1).swapaxes(0, 1).reshape(x.shape)
     prompts, mask, keys = map(deal, (prompts, mask, keys))
-    pool = _prefill(params, cfg, prompts, mask, rules, groups, cache_dtype)
+    cache, last = _prefill(params, cfg, prompts, mask, rules, groups, cache_dtype)
+    # Of a smaller dtype, unrolled layers would all be in memory in both.
+    apart = decoder.prefers_apart() and cache_dtype in (None, cfg.compute)
+    params = decoder.apart(params) if apart else params
     jobs = mask.any(axis=1).reshape(groups, -1)
     pool = _Pool(
-        *pool,
+        cache,
+        last,
         keys=keys,
         queue=jnp.argsort(~jobs, axis=1, stable=True).reshape(P).astype(jnp.int32),
         count=jobs.sum(axis=1, dtype=jnp.int32) * (samples // share),
@@ -226,7 +230,8 @@ def sample(
         state, none = jnp.zeros((slots, cfg.width), cfg.compute), jnp.zeros(slots, jnp.int32)
         at = _Slots(none + N, none, none, none, keys[none], none > 0)
     cache = decoder.empty_cache(cfg, slots, max_new, trunk=trunk, dtype=cache_dtype, ring=True)
-    cache = _placed(cache.replace(trunk=_placed(trunk, rules)), rules)
+    cache = cache.apart() if apart else cache
+    cache = decoder.placed(cache, rules)
     take = local(functools.partial(_take, samples=samples, share=share))
 
     def refilled(taken, at, state, cache):
@@ -312,7 +317,7 @@ def _grouped(rules: Rules | None, prompts: int, lanes: int) -> tuple[int, Callab
     if axes is None:
         return 1, lambda fn: fn
     axes = (axes,) if isinstance(axes, str) else axes
-    # Keys and values [L, B, K, S, H] have their layers in front.
+    # Stacked keys and values [L, B, K, S, H] have their layers in front.
     spec = lambda x: PartitionSpec(*(None,) * (x.ndim == 5), *(axes,) * (x.ndim > 0))
 
     def local(fn):
@@ -333,11 +338,6 @@ def _grouped(rules: Rules | None, prompts: int, lanes: int) -> tuple[int, Callab
         return run
 
     return int(np.prod([rules.mesh.shape[a] for a in axes])), local
-
-
-def _placed(cache, rules):
-    put = lambda x: constrain(x, (None, "batch", "kv_heads", None, "head_dim"), rules)
-    return cache.replace(k=put(cache.k), v=put(cache.v))
 
 
 def _prefill(params, cfg, prompts, mask, rules, groups, dtype):
@@ -368,7 +368,7 @@ def _prefill(params, cfg, prompts, mask, rules, groups, dtype):
     whole = prompts, mask, positions, segments
     if passes == 1:
         return run(whole)
-    cache = _placed(decoder.empty_cache(cfg, P, T, dtype=dtype), rules)
+    cache = decoder.placed(decoder.empty_cache(cfg, P, T, dtype=dtype), rules)
     # P as groups and rows: each pass takes rows of every group. The last pass reaches back into the
     # one before it where they do not divide.
     apart = lambda x, axis: x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
@@ -441,12 +441,15 @@ def _take(pool, work, *, samples, share):
     def copy(j, kv):
         # One prompt at a time and in place; in most steps there is none.
         lane = first[j]
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(
-                into, jax.lax.dynamic_slice_in_dim(source, prompt[lane], 1, axis=1), lane, axis=1
-            )
-            for into, source in zip(kv, (pool.cache.k, pool.cache.v))
-        )
+
+        def put(into, source):
+            one = jax.lax.dynamic_slice_in_dim(source, prompt[lane], 1, axis=1)
+            if isinstance(into, tuple):  # layers apart
+                into_one = jax.lax.dynamic_update_slice_in_dim
+                return tuple(into_one(x, y, lane, axis=0) for x, y in zip(into, one))
+            return jax.lax.dynamic_update_slice_in_dim(into, one, lane, axis=1)
+
+        return tuple(map(put, kv, (pool.cache.k, pool.cache.v)))
 
     k, v = jax.lax.fori_loop(0, takes.sum(), copy, (trunk.k, trunk.v))
     put = lambda old, source: jnp.where(takes[:, None], source[prompt], old)

@@ -30,7 +30,7 @@ from jaxreward.core.types import Array, Rows
 from jaxreward.diffusion import process
 from jaxreward.diffusion.trajectory import Canvas
 from jaxreward.models import decoder
-from jaxreward.parallel.rules import Rules, constrain
+from jaxreward.parallel.rules import Rules
 from jaxreward.sampling import choose
 
 PyTree = Any
@@ -315,8 +315,10 @@ def _advance(params, cfg, canvas, keys, steps, *, schedule, rules):
     K, P = schedule.size, T - schedule.length
     last = None if steps is None else canvas.step + steps
     head = decoder.head_matrix(params, cfg).astype(cfg.compute)
-    run = functools.partial(_run, params, cfg, schedule, rules)
     cached = schedule.cache != "none"
+    if not cached and decoder.prefers_apart():  # with a cache it gained nothing
+        params = decoder.apart(params)
+    run = functools.partial(_run, params, cfg, schedule, rules)
     start = (canvas, _cache(cfg, schedule, B, T, rules) if cached else None)
 
     def unfinished(carry):
@@ -374,8 +376,7 @@ def _doubled(schedule, x, other=None):
 
 def _cache(cfg, schedule, B, T, rules):
     cache = decoder.empty_cache(cfg, 2 * B if schedule.guidance else B, T)
-    put = lambda x: constrain(x, (None, "batch", "kv_heads", None, "head_dim"), rules)
-    return cache.replace(k=put(cache.k), v=put(cache.v))
+    return decoder.placed(cache, rules)
 
 
 def _run(params, cfg, schedule, rules, at, first, cache, later):

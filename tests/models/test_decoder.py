@@ -315,14 +315,18 @@ def cut(batch, start, stop):
     return jax.tree.map(lambda x: x[:, start:stop], batch)
 
 
-@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
-def test_cache_equals_teacher_forcing(cfg, params, scan):
-    """Catches keys written to the wrong slot or layer, and a causal mask without its offset."""
-    cfg = dataclasses.replace(cfg, scan=scan)
+@pytest.mark.parametrize("layers", ["scanned", "unrolled", "apart"])
+def test_cache_equals_teacher_forcing(cfg, params, layers):
+    """Catches keys written to the wrong slot or layer, a layer apart from its window or sight, and
+    a causal mask without its offset."""
+    cfg = dataclasses.replace(cfg, scan=layers == "scanned")
     texts = [RNG.integers(0, CFG.vocab, n) for n in (12, 9, 7)]
     batch = rows(*([pad(12 - len(t)), (t, 1, 0, 0)] for t in texts))  # the fourth row is empty
     want = np.asarray(states(params, batch, cfg=cfg))
     cache = decoder.empty_cache(cfg, 4, 14)  # two slots are never filled
+    if layers == "apart":
+        params, cache = decoder.apart(params), cache.apart()
+        np.testing.assert_allclose(np.asarray(states(params, batch, cfg=cfg)), want, atol=1e-5)
     got, cache = step(params, cut(batch, 0, 8), cache, cfg=cfg)
     parts = [got]
     for t in range(8, 12):
@@ -334,13 +338,17 @@ def test_cache_equals_teacher_forcing(cfg, params, scan):
     np.testing.assert_allclose(got[live], want[live], atol=1e-5)
 
 
-def test_answers_go_on_from_one_cached_prompt(cfg, params):
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+def test_answers_go_on_from_one_cached_prompt(cfg, params, apart):
     """Catches answers that read another prompt's keys, its padding, or each other's."""
     prompts = [RNG.integers(0, CFG.vocab, n) for n in (8, 5)]
     answers = [RNG.integers(0, CFG.vocab, 4) for _ in range(6)]
     first = rows(*([pad(8 - len(p)), (p, 1, 0, 0)] for p in prompts), batch=2)
     _, cache = step(params, first, decoder.empty_cache(cfg, 2, 8), cfg=cfg)
     cache = decoder.empty_cache(cfg, 6, 4, trunk=cache)
+    whole_params = params
+    if apart:
+        params, cache = decoder.apart(params), cache.apart()
     later = rows(*([(a, 1, 0, len(prompts[i // 3]))] for i, a in enumerate(answers)))
     parts = []
     for t in range(4):
@@ -352,7 +360,7 @@ def test_answers_go_on_from_one_cached_prompt(cfg, params):
             for i, a in enumerate(answers)
         )
     )
-    want = np.asarray(states(params, whole, cfg=cfg))
+    want = np.asarray(states(whole_params, whole, cfg=cfg))
     assert want.shape[:2] == (6, 12)
     for i, got in enumerate(np.concatenate(parts, axis=1)):
         n = len(prompts[i // 3])

@@ -283,6 +283,16 @@ def test_rows_without_a_prompt_get_no_answer(many):
     assert int(whole.steps) == 12 and whole.slots == 32
 
 
+def test_layers_may_stay_stacked(many, monkeypatch):
+    """What every device but a CPU runs: catches keys and values that go to another layer."""
+    params, arrays, given, whole = many
+    monkeypatch.setattr(decoder, "prefers_apart", lambda: False)
+    anew = jax.jit(
+        functools.partial(autoregressive.sample.__wrapped__, cfg=RICH, slots=6, share=2, **given)
+    )
+    same(anew(params, prompts=arrays[0], mask=arrays[1], keys=arrays[2]), whole)
+
+
 @pytest.mark.parametrize("layout", [dict(slots=8), dict(slots=6, share=2)], ids=str)
 def test_answers_do_not_depend_on_slots(many, layout, monkeypatch):
     """Catches keys left by the last answer of a slot, positions, random keys or a matcher that go
@@ -430,13 +440,15 @@ def test_stop_strings_end_an_answer(params, free):
 
 
 @pytest.mark.slow
-def test_sharded_sampling_gives_the_same_answers(many, monkeypatch):
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+def test_sharded_sampling_gives_the_same_answers(many, monkeypatch, apart):
     """Catches a cache or a draw that changes with the layout of weights and batch, prompts that a
     group of devices takes from another one's queue, and keys and values that travel when a lane is
     refilled: what devices send each other in the loop is far less than one prompt's cache."""
     params, (tokens, mask, key), given, whole = many
     wide = lambda x: np.pad(x, ((0, 0), (256 - x.shape[1], 0)))
     monkeypatch.setattr(autoregressive, "PREFILL", 4 * 256)
+    monkeypatch.setattr(decoder, "prefers_apart", lambda: apart)
     rules = Rules(make_mesh({"fsdp": 2, "tensor": 2}))
     placed = jax.device_put(params, sp.shardings(decoder.specs(RICH), rules))
     arrays = wide(tokens), wide(mask), key

@@ -331,6 +331,13 @@ def test_in_chunks_is_the_same(params, hot, monkeypatch):
     np.testing.assert_array_equal(again.tokens, hot.tokens)
 
 
+def test_layers_may_stay_stacked(params, hot, monkeypatch):
+    """What every device but a CPU runs."""
+    monkeypatch.setattr(decoder, "prefers_apart", lambda: False)
+    again = sample(params, PROMPTS, keys(4), dataclasses.replace(HOT, eps=0.25))  # compiles anew
+    np.testing.assert_array_equal(again.tokens, hot.tokens)
+
+
 def test_sharded_is_the_same(params, hot):
     rules = Rules(make_mesh({"data": 2, "tensor": 2}))
     got = denoise.sample(params, CFG, *left(PROMPTS), keys(4), schedule=HOT, rules=rules)

@@ -5,10 +5,12 @@ Packing, batching and padding happen here; a score depends on its text alone.
 
 import bisect
 import collections
+import contextlib
 import hashlib
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,9 @@ FIELDS = (
     "weight",
     "scores",
 )
-# Batches that are not waited for yet: a device computes one while the next is laid out.
-_AHEAD = 1
+# Batches that are not waited for yet: a device computes one while the next is laid out. A CPU runs
+# two side by side, since XLA does much of a forward pass on one core.
+_AHEAD, _SIDE_BY_SIDE = 1, 2
 SOMETIMES = ("features", "targets", "answer_weight", "ref_logps")
 
 
@@ -173,10 +176,17 @@ def over_trees(
       A function; one float32[answers, *shape] a tree, in the order given.
     """
     measure = jax.jit(measure, out_shardings=hosts.whole(rules))
+    alone = rules is None or rules.mesh.size == 1
+    workers = _SIDE_BY_SIDE if alone and jax.default_backend() == "cpu" else 0
 
     def predict(params, frozen, trees):
+        with ThreadPoolExecutor(workers) if workers else contextlib.nullcontext() as pool:
+            return run(params, frozen, trees, pool)
+
+    def run(params, frozen, trees, pool):
         out = [np.full((len(tree.answers), *shape), np.nan, np.float32) for tree in trees]
         running = collections.deque()
+        wait = lambda *given: np.asarray(measure(*given))
         for length, rows in packed(trees).items():
             # Powers of two: the next trees most likely find the program that these had compiled.
             answers, pairs = (1 << (n - 1).bit_length() for n in pipeline.widths(trees, rows))
@@ -191,9 +201,12 @@ def over_trees(
                 pairs_per_row=pairs,
                 plan=rows,
             )
-            for raw in batches:
-                running.append((raw["index"], measure(params, frozen, _share(raw, rules))))
-                if len(running) > _AHEAD:
+            for n, raw in enumerate(batches):
+                given = params, frozen, _share(raw, rules)
+                # The first of a length compiles, which two at once would do twice.
+                found = pool.submit(wait, *given) if pool and n else measure(*given)
+                running.append((raw["index"], found))
+                if len(running) > _AHEAD + workers:
                     _scatter(out, *running.popleft())
         while running:
             _scatter(out, *running.popleft())
@@ -212,7 +225,7 @@ def _share(raw, rules):
 
 def _scatter(out, index, values):
     # index [B, K, 2] names the (tree, answer) of every slot of values [B, K].
-    values = np.asarray(values)
+    values = np.asarray(values.result() if isinstance(values, Future) else values)
     for b, k in np.argwhere(index[..., 0] >= 0):
         tree, answer = index[b, k]
         out[tree][answer] = values[b, k]

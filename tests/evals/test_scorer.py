@@ -15,6 +15,7 @@ from jaxreward.models import decoder, trainable
 from jaxreward.parallel import specs as sp
 from jaxreward.parallel.mesh import make_mesh
 from jaxreward.parallel.rules import Rules
+from jaxreward.train.plan import compilations
 
 BATCH = 4
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -122,6 +123,19 @@ def test_trees_together_score_as_each_alone(model, together):
     for tree, packed in zip(trees, scores):
         (alone,) = predict(params, frozen, [tree])
         np.testing.assert_allclose(packed, alone, **CLOSE)
+
+
+def test_batches_side_by_side_come_back_to_their_trees(model, together):
+    """Catches scores of one batch that go to another's trees, and a program compiled twice."""
+    plan, params, frozen, _ = model
+    trees, scores = together
+    predict = scorer.make_predict(plan, batch=1)
+    with compilations() as counts:
+        got = predict(params, frozen, trees * 8)
+    assert len(scorer.packed(trees * 8)[256]) > 4
+    assert counts["jit(score_rows)"] == 1
+    for found, want in zip(got, scores * 8, strict=True):
+        np.testing.assert_allclose(found, want, **CLOSE)
 
 
 def test_scores_follow_a_permutation_of_the_trees(model, together):

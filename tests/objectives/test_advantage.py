@@ -11,6 +11,7 @@ import pytest
 
 from jaxreward.core import masked
 from jaxreward.core import metrics as m
+from jaxreward.evals import distances
 from jaxreward.objectives import advantage, policy
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "trl_policy.json").read_text())
@@ -434,6 +435,31 @@ def test_filtered_groups_leave_numerator_and_denominator():
     assert (token.denominator, sequence.denominator) == (7, 3)
     for reduction in (token, sequence):
         assert not np.asarray(reduction.weight)[kept < 0].any()
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.6, -1.0], ids=["none far", "some far", "all far"])
+def test_ppo_without_answers_that_are_far(tau):
+    """MRMBench leaves answers far from all centroids out of PPO's update. Catches a filter that
+    changes plain PPO where nothing is far, and far answers that pull, dilute or give NaN."""
+    rng = np.random.default_rng(0)
+    logps, old, each = rng.normal(size=(3, 3, 6)).astype(np.float32)
+    answer = np.array([[0, 0, 1, 1, 2, 3], [0, 1, 2, 2, 2, 3], [0, 0, 3, 3, 3, -1]])
+    keep = ~distances.dropped(np.linspace(0, 1, 12).reshape(3, 4), tau)
+
+    @jax.jit
+    def taught(keep):
+        kept = advantage.keep_answers(answer, keep)
+        by = policy.reduction(kept, num_answers=4, mode="token")
+        of = lambda x: policy.clipped(x, old, each, mask=kept >= 0) * by.weight
+        return jax.value_and_grad(lambda x: of(x).sum() / jnp.maximum(by.denominator, 1))(logps)
+
+    loss, gradient = taught(keep)
+    stays = np.take_along_axis(keep, np.maximum(answer, 0), axis=1) & (answer >= 0)
+    ratio = np.exp(np.float64(logps) - old)
+    want = -np.minimum(ratio * each, np.clip(ratio, 0.8, 1.2) * each)
+    close(loss, want[stays].mean() if stays.any() else 0)
+    assert not np.asarray(gradient)[~stays].any()
+    assert np.asarray(gradient)[stays].any() == stays.any() and keep.all() == (tau == 1)
 
 
 X, G = jnp.zeros((2, 3)), np.zeros((2, 3), int)

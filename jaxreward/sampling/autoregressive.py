@@ -12,9 +12,10 @@ tokens only. What is where:
 
 Where every prompt has a lane for all its answers, lanes are the pool itself, and nothing is copied.
 
-Memory is that of pool, lanes and ring. All shapes follow from P, the padded length of the prompts,
-W, `share`, G and max_new, so those decide how often a program is compiled; `padded` keeps the first
-two to powers of two.
+Memory is that of pool, lanes and ring, and on a CPU a second copy of the layers, which the loop has
+apart (`decoder.apart`) unless the cache is of a smaller dtype. All shapes follow from P, the padded
+length of the prompts, W, `share`, G and max_new, so those decide how often a program is compiled;
+`padded` keeps the first two to powers of two.
 """
 
 import functools
@@ -444,10 +445,10 @@ def _take(pool, work, *, samples, share):
 
         def put(into, source):
             one = jax.lax.dynamic_slice_in_dim(source, prompt[lane], 1, axis=1)
+            write = jax.lax.dynamic_update_slice_in_dim
             if isinstance(into, tuple):  # layers apart
-                into_one = jax.lax.dynamic_update_slice_in_dim
-                return tuple(into_one(x, y, lane, axis=0) for x, y in zip(into, one))
-            return jax.lax.dynamic_update_slice_in_dim(into, one, lane, axis=1)
+                return tuple(write(x, y, lane, axis=0) for x, y in zip(into, one))
+            return write(into, one, lane, axis=1)
 
         return tuple(map(put, kv, (pool.cache.k, pool.cache.v)))
 

@@ -332,10 +332,15 @@ def test_an_interrupted_batch_does_not_answer_into_the_next(module):
         timer = threading.Timer(
             0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]
         )
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            workers.grade([("p", "0.6", {}), ("p", "20", {})])
-        timer.join()
+        # A shell that starts the tests in the background has SIGINT ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                workers.grade([("p", "0.6", {}), ("p", "20", {})])
+            timer.join()
+        finally:
+            signal.signal(signal.SIGINT, before)
         values = workers.grade([("p", "0.01", {}), ("p", "0.02", {})])["nap"].values
     np.testing.assert_allclose(values[:, 0], [0.01, 0.02], rtol=1e-6)
 

@@ -250,9 +250,9 @@ def apart(params: PyTree) -> PyTree:
     return {**params, "layers": tuple(jax.tree.unflatten(tree, one) for one in zip(*layers))}
 
 
-def prefers_apart() -> bool:
-    """Whether loops are faster with layers `apart`: on a CPU."""
-    return jax.default_backend() == "cpu"
+def prefers_apart(cfg: Config) -> bool:
+    """Whether loops are faster with layers `apart`: on a CPU, if a layer has 1 MiB or more."""
+    return jax.default_backend() == "cpu" and sp.size(block_specs(cfg)) >= 1 << 18
 
 
 def placed(cache: Cache, rules: Rules | None) -> Cache:

@@ -13,9 +13,9 @@ tokens only. What is where:
 Where every prompt has a lane for all its answers, lanes are the pool itself, and nothing is copied.
 
 Memory is that of pool, lanes and ring, and on a CPU a second copy of the layers, which the loop has
-apart (`decoder.apart`) unless the cache is of a smaller dtype. All shapes follow from P, the padded
-length of the prompts, W, `share`, G and max_new, so those decide how often a program is compiled;
-`padded` keeps the first two to powers of two.
+apart (`decoder.apart`) if they are large and the cache is of no smaller dtype. All shapes follow
+from P, the padded length of the prompts, W, `share`, G and max_new, so those decide how often a
+program is compiled; `padded` keeps the first two to powers of two.
 """
 
 import functools
@@ -206,7 +206,7 @@ def sample(
     prompts, mask, keys = map(deal, (prompts, mask, keys))
     cache, last = _prefill(params, cfg, prompts, mask, rules, groups, cache_dtype)
     # Of a smaller dtype, unrolled layers would all be in memory in both.
-    apart = decoder.prefers_apart() and cache_dtype in (None, cfg.compute)
+    apart = decoder.prefers_apart(cfg) and cache_dtype in (None, cfg.compute)
     params = decoder.apart(params) if apart else params
     jobs = mask.any(axis=1).reshape(groups, -1)
     pool = _Pool(

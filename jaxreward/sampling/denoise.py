@@ -316,7 +316,7 @@ def _advance(params, cfg, canvas, keys, steps, *, schedule, rules):
     last = None if steps is None else canvas.step + steps
     head = decoder.head_matrix(params, cfg).astype(cfg.compute)
     cached = schedule.cache != "none"
-    if not cached and decoder.prefers_apart():  # with a cache it gained nothing
+    if not cached and decoder.prefers_apart(cfg):  # with a cache it gained nothing
         params = decoder.apart(params)
     run = functools.partial(_run, params, cfg, schedule, rules)
     start = (canvas, _cache(cfg, schedule, B, T, rules) if cached else None)

@@ -24,12 +24,6 @@ CFG = tiny_config(
 SHIFTED = dataclasses.replace(CFG, predict_offset=1)
 
 
-@pytest.fixture(autouse=True)
-def stacked(monkeypatch):
-    """The layers as one scan, by which `products` knows them; a CPU may unroll it."""
-    monkeypatch.setattr(decoder, "prefers_apart", lambda: False)
-
-
 def trace(schedule, cfg=CFG):
     prompts = [jax.ShapeDtypeStruct((B, P), dtype) for dtype in (jnp.int32, bool)]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))

@@ -243,8 +243,8 @@ def apart(params: PyTree) -> PyTree:
     """The parameters with the layers in a tuple, each with arrays of its own; `backbone` unrolls.
 
     For loops that run the model often on few tokens: XLA:CPU copies what it takes out of a stack at
-    every turn, weights, keys and values, which costs as much as the products. The price is a second
-    copy of the layers in memory and a program that is `depth` times as long to compile.
+    every turn, weights, keys and values. The price is a second copy of the layers in memory and a
+    larger program to compile.
     """
     layers, tree = jax.tree.flatten(params["layers"])
     return {**params, "layers": tuple(jax.tree.unflatten(tree, one) for one in zip(*layers))}
@@ -421,7 +421,8 @@ def backbone(
     if any(cfg.windowed):
         stacked["windowed"] = jnp.array(cfg.windowed)
     is_apart = isinstance(params["layers"], tuple)
-    scan = cfg.scan and not is_apart
+    if is_apart or (cache is not None and isinstance(cache.k, tuple)):
+        cfg = dataclasses.replace(cfg, scan=False)
 
     def number(i):
         w = {"w": params["layers"][i]} if is_apart else {}
@@ -449,9 +450,9 @@ def backbone(
         )
         step = lambda x, leaf: layer(x, leaf, looks(leaf))
         if cfg.remat == "full":
-            step = jax.checkpoint(step, prevent_cse=not scan)
+            step = jax.checkpoint(step, prevent_cse=not cfg.scan)
         whole = cfg.depth if ends is None else cfg.depth - 1  # layers that compute every slot
-        if not scan:
+        if not cfg.scan:
             for i in range(whole):
                 x = step(x, number(i))
         elif ends is None:
@@ -475,7 +476,7 @@ def backbone(
             )
             x = layer(x, number(whole), see, at=ends)
     else:
-        inputs = [number(i) for i in range(cfg.depth)] if not scan else stacked
+        inputs = stacked if cfg.scan else [number(i) for i in range(cfg.depth)]
         x, cache = _cached_layers(layer, cfg, x, inputs, segments, trunk, places, cache)
     if cfg.has_norm:
         x = rms_norm(x, params["norm"]["scale"], cfg)
@@ -511,8 +512,7 @@ def _cheap(cfg):
     return lambda half: jax.checkpoint(half, policy=policy, prevent_cse=not cfg.scan)
 
 
-def _cached_layers(layer, cfg, x, inputs, segments, trunk, places, cache):
-    # `inputs` of the layers are stacked, to be scanned, or in a list.
+def _cached_layers(layer, cfg, x, inputs, segments, trunk, places, cache):  # stacked, or a list
     start, slots = cache.length, cache.segments.shape[1]
     # The order of the one query: in a ring, after every slot.
     offset = slots - 1 if cache.ring else start

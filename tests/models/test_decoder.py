@@ -338,7 +338,7 @@ def test_cache_equals_teacher_forcing(cfg, params, layers):
     np.testing.assert_allclose(got[live], want[live], atol=1e-5)
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+@pytest.mark.parametrize("apart", ["nothing", "cache", "both"])
 def test_answers_go_on_from_one_cached_prompt(cfg, params, apart):
     """Catches answers that read another prompt's keys, its padding, or each other's."""
     prompts = [RNG.integers(0, CFG.vocab, n) for n in (8, 5)]
@@ -347,8 +347,8 @@ def test_answers_go_on_from_one_cached_prompt(cfg, params, apart):
     _, cache = step(params, first, decoder.empty_cache(cfg, 2, 8), cfg=cfg)
     cache = decoder.empty_cache(cfg, 6, 4, trunk=cache)
     whole_params = params
-    if apart:
-        params, cache = decoder.apart(params), cache.apart()
+    params = decoder.apart(params) if apart == "both" else params
+    cache = cache if apart == "nothing" else cache.apart()
     later = rows(*([(a, 1, 0, len(prompts[i // 3]))] for i, a in enumerate(answers)))
     parts = []
     for t in range(4):

@@ -379,17 +379,19 @@ def test_compilations_are_bounded(params):
 
 
 @pytest.mark.slow
-def test_memory_is_one_cache(monkeypatch):
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("bfloat16", 2), ("float32", 4)])
+def test_memory_is_one_cache(monkeypatch, dtype, bytes_each):
     """Catches a second copy of pool, lanes or ring, as a buffer makes that is not updated in place,
-    and a bfloat16 cache that is kept in float32 somewhere."""
+    and a bfloat16 cache that is kept in float32 somewhere, as all are where layers are apart."""
     monkeypatch.setattr(autoregressive, "PREFILL", 512)
+    monkeypatch.setattr(decoder, "prefers_apart", lambda cfg: True)
     cfg = tiny_config(vocab=300, depth=4, head_dim=32)
     shapes = jax.eval_shape(lambda: sp.init(decoder.specs(cfg), jax.random.key(0)))
     tokens, mask = np.zeros((32, 256), np.int32), np.ones((32, 256), bool)
-    given = dict(max_new=128, choose=HOT, stop=NEVER, samples=2, slots=16, cache_dtype="bfloat16")
+    given = dict(max_new=128, choose=HOT, stop=NEVER, samples=2, slots=16, cache_dtype=dtype)
     program = autoregressive.sample.lower(shapes, cfg, tokens, mask, keys(64), **given)
     held = plan.memory(program.compile()).temporaries
-    size = lambda *slots: 2 * cfg.depth * cfg.kv_heads * cfg.head_dim * 2 * sum(slots)
+    size = lambda *slots: 2 * cfg.depth * cfg.kv_heads * cfg.head_dim * bytes_each * sum(slots)
     pool, lanes, ring, one_pass = 32 * 256, 16 * 256, 16 * 128, 512
     whole = size(pool, lanes, ring)
     assert whole < held < 1.15 * (whole + size(one_pass)) + 2 * 2**20 < 1.5 * whole
